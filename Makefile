@@ -1,0 +1,168 @@
+# The commands of this repository. A machine needs Python >= 3.11 with venv, a C++20 compiler and make; everything else
+# comes from the package index that pip is configured for. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+VENV ?= .venv
+VENV_LOCK ?= .venv-lock
+CXX := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
+JOBS ?= $(shell nproc)
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What is neither engine, nor cluster, nor needs a right or a wheel that a machine may lack.
+UNIT := not e2e and not cluster and not nixl and not root
+
+# The directories too: a file that is added or removed changes them.
+NATIVE_SOURCES := CMakeLists.txt p2pkv/native p2pkv/index/core \
+  $(wildcard p2pkv/native/* p2pkv/index/core/* third_party/xxhash/*)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+.PHONY: setup
+setup: $(VENV)/.stamp-package $(VENV)/.stamp-native ## build .venv: the package (editable), its C++ extensions, every tool
+
+$(VENV)/.stamp-venv:
+	@PYTHON="$(PYTHON)" scripts/make_venv.sh "$(VENV)"
+	@touch $@
+
+$(VENV)/.stamp-tools: requirements/lock.txt $(VENV)/.stamp-venv
+	@echo "setup: installing the pinned tools (requirements/lock.txt)"
+	@$(PIP) install --require-hashes --only-binary :all: -r requirements/lock.txt
+	@touch $@
+
+# Editable, without CMake: the backend writes metadata, the p2pkv command and a path to this checkout, and nothing that
+# slows imports down. The extensions are built beside it, straight into the tree, because the backend's own editable
+# mode would either build inside the source directory or put an import hook before every start of the interpreter.
+$(VENV)/.stamp-package: pyproject.toml $(VENV)/.stamp-tools
+	@echo "setup: installing p2pkv (editable)"
+	@$(PIP) install --no-build-isolation --no-deps --editable . -C wheel.cmake=false -C editable.mode=inplace
+	@touch $@
+
+# The build tree lies inside the venv: it belongs to that interpreter and goes away with it.
+$(VENV)/.stamp-native: $(NATIVE_SOURCES) $(VENV)/.stamp-tools
+	@command -v "$(firstword $(CXX))" >/dev/null || { echo "error: no C++ compiler ($(CXX))"; \
+	  echo "hint: install g++ >= 12 or clang++ >= 15, or set CXX."; exit 2; } >&2
+	@echo "setup: building the C++ extensions"
+	@$(BIN)/cmake -S . -B $(VENV)/native -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_CXX_COMPILER="$(CXX)" -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" \
+	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" >/dev/null
+	@$(BIN)/cmake --build $(VENV)/native | grep -v -E '^\[[0-9]+/[0-9]+\] |^ninja: ' || [ $${PIPESTATUS[0]} -eq 0 ]
+	@$(BIN)/cmake --install $(VENV)/native --prefix . >/dev/null
+	@touch $@
+
+.PHONY: nixl
+nixl: $(VENV)/.stamp-nixl ## add NIXL to .venv (without the CUDA libraries that its wheels ask for)
+
+$(VENV)/.stamp-nixl: requirements/nixl.txt $(VENV)/.stamp-tools
+	@echo "setup: installing NIXL (requirements/nixl.txt)"
+	@$(PIP) install --no-deps --only-binary :all: -r requirements/nixl.txt
+	@touch $@
+
+# Where no wheel of NIXL exists (another CPU, another libc), its tests are skipped, loudly.
+.PHONY: nixl-if-there
+nixl-if-there: setup
+	@$(MAKE) --no-print-directory nixl || \
+	  echo "warning: NIXL cannot be installed here: whatever needs it is left out" >&2
+
+.PHONY: vllm
+vllm: setup ## build the environment of the engine that the demo and the end-to-end tests run
+	@scripts/setup-vllm.sh
+
+.PHONY: hooks
+hooks: setup ## install the pre-commit hooks
+	@$(BIN)/pre-commit install
+
+# ---------------------------------------------------------------------------------------------------------------- tests
+
+# pytest exits 5 when a selection holds no test: that is not a failure of the others.
+define run_pytest
+	@$(PYTEST) $(1) || { code=$$?; [ $$code -eq 5 ]; }
+endef
+
+.PHONY: test
+test: setup nixl-if-there test-unit test-integration ## set up everything and run all tests but the real engines
+
+.PHONY: test-unit
+test-unit: setup ## unit tests, in parallel
+	$(call run_pytest,tests/unit -n $(JOBS) --dist worksteal -m "$(UNIT)")
+
+.PHONY: test-integration
+test-integration: setup ## contract suites and real agents on this host
+	$(call run_pytest,tests/unit -m "not e2e and not ($(UNIT))")
+	$(call run_pytest,tests --ignore=tests/unit --ignore=tests/e2e -m "not e2e" --durations=10)
+
+.PHONY: test-e2e
+test-e2e: setup nixl-if-there vllm ## two real vLLM replicas
+	@$(PYTEST) tests/e2e -m e2e --durations=0
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+.PHONY: lint
+lint: setup ## style, formatting, import contracts, and what must not be in files
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	@$(BIN)/python scripts/check_tree.py
+
+.PHONY: format
+format: setup ## rewrite files in the one style
+	@$(BIN)/ruff check --fix --exit-zero --quiet .
+	@$(BIN)/ruff format .
+
+.PHONY: types
+types: setup ## mypy --strict
+	@$(BIN)/mypy
+
+.PHONY: import-cost
+import-cost: setup ## importing p2pkv.client stays under 50 ms and light
+	@$(BIN)/python scripts/check_client_import.py
+
+.PHONY: docs
+docs: setup ## build the documentation into site/
+	@$(BIN)/mkdocs build --strict --quiet
+
+.PHONY: check
+check: lint types import-cost docs ## every check that runs no test
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+.PHONY: demo
+demo: setup nixl-if-there vllm ## one prefix, two vLLM replicas; DEMO_ARGS="--transport tcp ..."
+	@$(BIN)/p2pkv demo $(DEMO_ARGS)
+
+.PHONY: bench
+bench: setup nixl-if-there ## measure; BENCH_ARGS="--quick"
+	@mkdir -p results
+	@$(BIN)/p2pkv bench fetch --json $(BENCH_ARGS) | tee results/bench-fetch.json
+
+# ---------------------------------------------------------------------------------------------------------- maintenance
+
+.PHONY: lock
+lock: ## resolve requirements/lock.txt anew from pyproject.toml and requirements/build.in
+	@[ -x $(VENV_LOCK)/bin/uv ] || { PYTHON="$(PYTHON)" scripts/make_venv.sh $(VENV_LOCK); \
+	  $(VENV_LOCK)/bin/python -m pip install --quiet uv; }
+	@$(VENV_LOCK)/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
+	  --no-annotate --no-header --extra test --extra dev --extra docs --extra bench \
+	  pyproject.toml requirements/build.in -o requirements/lock.txt
+
+.PHONY: clean
+clean: ## remove what was built, and the environments
+	@rm -rf build dist site results $(VENV) $(VENV_LOCK) .venv-vllm* .mypy_cache .ruff_cache .pytest_cache \
+	  .hypothesis .import_linter_cache p2pkv/*.so p2pkv/index/*.so
+	@find p2pkv tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

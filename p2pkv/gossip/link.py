@@ -1,0 +1,207 @@
+"""One control connection to a peer as a caller sees it: ask, and have the answer by a deadline.
+
+The connection's other matters (introductions, the ownership stream) are the protocol core's. A link lives exactly as
+long as its connection; all its methods run on the event loop's thread. Requests and answers are paired by the frame's
+request id; ids are never used twice on a connection, so that a late answer cannot be taken for another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from p2pkv.errors import (
+    Busy,
+    DeadlineExceeded,
+    LayoutMismatch,
+    LocalProtocolError,
+    P2PKVError,
+    PeerUnavailable,
+    RemoteProtocolError,
+    Unavailable,
+)
+from p2pkv.types import NodeId
+from p2pkv.wire.frame import Frame
+from p2pkv.wire.peer import (
+    CODEC,
+    Card,
+    NixlConnect,
+    NixlEndpointReply,
+    PeerError,
+    Pin,
+    Pinned,
+    Release,
+    Released,
+)
+
+IN_FLIGHT_MAX: Final = 256
+"""Unanswered requests per connection; an owner answers within a deadline, so this many waiting means it is stuck."""
+
+ANSWERS: Final[dict[type[msgspec.Struct], type[msgspec.Struct]]] = {
+    Pin: Pinned,
+    Release: Released,
+    NixlConnect: NixlEndpointReply,
+}
+
+
+class PeerLink:
+    """A control connection. ``dialed``: we are the reader and ask; otherwise the peer reads us and we answer.
+
+    Args:
+        card: the peer's as of the introduction; kept up to date by the driver.
+        send: appends one frame to the connection's bounded queue; False when the connection is gone.
+    """
+
+    def __init__(self, *, card: Card, dialed: bool, send: Callable[[bytes], bool]) -> None:
+        self.card = card
+        self.dialed = dialed
+        self._send = send
+        self._next_id = 0
+        self._waiting: dict[int, tuple[asyncio.Future[msgspec.Struct], type[msgspec.Struct]]] = {}
+        self._on_close: list[Callable[[], None]] = []
+        self._closed: str | None = None
+
+    @property
+    def node_id(self) -> NodeId:
+        """Who is at the other end."""
+        return NodeId(self.card.node)
+
+    @property
+    def epoch(self) -> int:
+        """The peer's epoch; a link never outlives it."""
+        return self.card.epoch
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is gone."""
+        return self._closed is not None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for their answer."""
+        return len(self._waiting)
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call back once when the connection is gone (at once if it already is), e.g. to let go of its leases."""
+        if self.closed:
+            callback()
+        else:
+            self._on_close.append(callback)
+
+    async def request(self, message: msgspec.Struct, deadline_s: float) -> msgspec.Struct:
+        """Send a request and wait for its answer.
+
+        Raises:
+            PeerUnavailable: the connection is gone, or went while waiting; also when the peer is shutting down.
+            DeadlineExceeded: no answer within ``deadline_s``. A late one is dropped.
+            Busy: too many requests in flight here, or the peer says that it is busy.
+            LayoutMismatch, RemoteProtocolError: the peer refused, or answered with the wrong kind of message.
+        """
+        answer_type = ANSWERS.get(type(message))
+        if answer_type is None or not self.dialed:
+            raise LocalProtocolError("not a request that this side may send", message=type(message).__name__)
+        if len(self._waiting) >= IN_FLIGHT_MAX:
+            raise Busy("too many requests in flight to one peer", node=self.node_id, limit=IN_FLIGHT_MAX)
+        request_id = self._take_id()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[msgspec.Struct] = loop.create_future()
+        if not self._send(CODEC.encode(message, request_id)):
+            raise self._gone()
+        self._waiting[request_id] = (future, answer_type)
+        timer = loop.call_later(max(0.0, deadline_s), self._expire, future, type(message).__name__, deadline_s)
+        try:
+            return await future
+        finally:
+            timer.cancel()
+            self._waiting.pop(request_id, None)
+
+    def notify(self, message: msgspec.Struct) -> None:
+        """Send a message that has no answer.
+
+        Raises:
+            PeerUnavailable: the connection is gone.
+        """
+        if not self._send(CODEC.encode(message)):
+            raise self._gone()
+
+    def on_answer(self, frame: Frame, message: msgspec.Struct) -> None:
+        """An answer has come (from the driver).
+
+        Raises:
+            RemoteProtocolError: it answers nothing that was ever asked, or with the wrong kind: close the connection.
+        """
+        waiting = self._waiting.get(frame.request_id)
+        if waiting is None:
+            if not 0 < frame.request_id <= self._next_id:
+                raise RemoteProtocolError("answer to a request that was never sent", request_id=frame.request_id)
+            return  # its deadline has passed
+        future, answer_type = waiting
+        if future.done():
+            return
+        if isinstance(message, PeerError):
+            future.set_exception(refusal(message, self.node_id))
+        elif isinstance(message, answer_type):
+            future.set_result(message)
+        else:
+            error = RemoteProtocolError(
+                "wrong kind of answer", expected=answer_type.__name__, got=type(message).__name__
+            )
+            future.set_exception(error)
+            raise error
+
+    def close(self, reason: str) -> None:
+        """The connection is gone (from the driver): every waiting request fails now."""
+        if self._closed is not None:
+            return
+        self._closed = reason
+        for future, _ in self._waiting.values():
+            if not future.done():
+                future.set_exception(self._gone())
+        callbacks, self._on_close = self._on_close, []
+        for callback in callbacks:
+            callback()
+
+    def _take_id(self) -> int:
+        self._next_id += 1
+        if self._next_id > 0xFFFFFFFF:
+            raise Busy("request ids of this connection are used up", node=self.node_id)
+        return self._next_id
+
+    def _expire(self, future: asyncio.Future[msgspec.Struct], what: str, deadline_s: float) -> None:
+        if not future.done():
+            future.set_exception(
+                DeadlineExceeded("peer did not answer in time", node=self.node_id, request=what, seconds=deadline_s)
+            )
+
+    def _gone(self) -> PeerUnavailable:
+        return PeerUnavailable("connection to the peer is gone", node=self.node_id, reason=self._closed or "closing")
+
+
+def refusal(error: PeerError, node: NodeId) -> P2PKVError:
+    """The exception that a peer's ERROR stands for here."""
+    text = f"peer refused: {error.message}"
+    match error.code:
+        case "busy":
+            return Busy(text, node=node)
+        case "layout":
+            return LayoutMismatch(text, fields=tuple(error.fields), node=node)
+        case "draining":
+            return PeerUnavailable(text, node=node)
+        case _:
+            return RemoteProtocolError(text, node=node, code=error.code)
+
+
+def peer_error(error: P2PKVError) -> PeerError:
+    """What a peer is told of an error that its request ran into: no context, which may name what is not its business."""
+    match error:
+        case LayoutMismatch():
+            return PeerError("layout", error.message[:1024], list(error.fields)[:32])
+        case Unavailable():
+            return PeerError("busy", error.message[:1024])
+        case RemoteProtocolError():
+            return PeerError("protocol", error.message[:1024])
+        case _:
+            return PeerError("internal", error.message[:1024])

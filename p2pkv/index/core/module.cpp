@@ -1,0 +1,192 @@
+// Python's view of the index: buffers in, packed little-endian bytes out, the GIL released in between.
+// Types and meaning are documented in p2pkv/index/_core.pyi.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "prefix_index.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using p2pkv::index::IndexFull;
+using p2pkv::index::Key;
+using p2pkv::index::Keys;
+using p2pkv::index::kTierMax;
+using p2pkv::index::PrefixIndex;
+
+/// A buffer of packed u64 keys, held for as long as this lives: the exporter cannot free or resize it meanwhile.
+/// Must be made and destroyed with the GIL held.
+class KeysBuffer {
+ public:
+  explicit KeysBuffer(nb::handle source) {
+    // Without PyBUF_STRIDES the exporter must refuse what is not contiguous.
+    if (PyObject_GetBuffer(source.ptr(), &view_, PyBUF_ND | PyBUF_FORMAT) != 0) {
+      if (PyErr_ExceptionMatches(PyExc_TypeError)) throw nb::python_error();
+      PyErr_Clear();
+      throw std::invalid_argument("keys must be one contiguous buffer");
+    }
+    const std::string problem = check();
+    if (!problem.empty()) {
+      PyBuffer_Release(&view_);
+      throw std::invalid_argument(problem);
+    }
+  }
+  ~KeysBuffer() { PyBuffer_Release(&view_); }
+  KeysBuffer(const KeysBuffer&) = delete;
+  KeysBuffer& operator=(const KeysBuffer&) = delete;
+
+  Keys keys() const { return {view_.buf, static_cast<std::size_t>(view_.len) / sizeof(Key)}; }
+
+ private:
+  std::string check() const {
+    std::string format = view_.format == nullptr ? "B" : view_.format;
+    // '<', '=' and '@' all mean this machine's order here (see the static_assert on endianness).
+    if (format.size() == 2 && std::strchr("<=@", format[0]) != nullptr) format.erase(0, 1);
+    const bool words = view_.itemsize == sizeof(Key) && (format == "Q" || format == "q" || format == "L" || format == "l");
+    const bool bytes = view_.itemsize == 1 && (format == "B" || format == "b" || format == "c");
+    if (!words && !bytes)
+      return "keys must be packed 64-bit integers or bytes in little-endian order, not items of format '" + format + "'";
+    if (view_.len % static_cast<Py_ssize_t>(sizeof(Key)) != 0)
+      return "keys must be a multiple of 8 bytes long, not " + std::to_string(view_.len);
+    return {};
+  }
+
+  Py_buffer view_{};
+};
+
+template <typename T>
+nb::bytes pack(const std::vector<T>& items) {
+  return nb::bytes(reinterpret_cast<const char*>(items.data()), items.size() * sizeof(T));
+}
+
+/// Runs f() without the GIL. f must not touch a Python object.
+template <typename F>
+auto unlocked(F&& f) {
+  const nb::gil_scoped_release release;
+  return f();
+}
+
+nb::bytes contains_any(const PrefixIndex& index, nb::handle keys) {
+  const KeysBuffer buffer(keys);
+  // Written in place: nobody else can see a bytes object that has not been returned yet.
+  PyObject* out = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(buffer.keys().size()));
+  if (out == nullptr) throw nb::python_error();
+  auto result = nb::steal<nb::bytes>(out);
+  auto* bytes = reinterpret_cast<unsigned char*>(PyBytes_AS_STRING(out));
+  unlocked([&] { index.contains_any(buffer.keys(), bytes); });
+  return result;
+}
+
+std::size_t replace(PrefixIndex& index, std::int64_t node, nb::iterable groups) {
+  std::vector<std::unique_ptr<KeysBuffer>> buffers;
+  std::vector<PrefixIndex::Group> native;
+  for (nb::handle group : groups) {
+    const auto [tier, keys] = nb::cast<std::pair<std::int64_t, nb::object>>(group);
+    buffers.push_back(std::make_unique<KeysBuffer>(keys));
+    native.emplace_back(tier, buffers.back()->keys());
+  }
+  return unlocked([&] { return index.replace(node, native); });
+}
+
+nb::list snapshot(const PrefixIndex& index, std::int64_t node) {
+  const auto by_tier = unlocked([&] { return index.snapshot(node); });
+  nb::list out;
+  for (std::uint32_t i = 0; i < kTierMax; ++i)
+    if (!by_tier[i].empty()) out.append(nb::make_tuple(i + 1, pack(by_tier[i])));
+  return out;
+}
+
+nb::dict stats(const PrefixIndex& index) {
+  const auto stats = unlocked([&] { return index.stats(); });
+  nb::dict out;
+  out["nodes"] = stats.nodes;
+  out["hidden_nodes"] = stats.hidden_nodes;
+  out["keys"] = stats.keys;
+  out["shared_keys"] = stats.shared_keys;
+  out["entries"] = stats.postings;
+  out["capacity_keys"] = stats.capacity;
+  out["memory_bytes"] = stats.bytes;
+  return out;
+}
+
+std::uint64_t entries_checksum(nb::handle keys, std::int64_t tier) {
+  const KeysBuffer buffer(keys);
+  if (tier < 1 || tier > kTierMax) throw std::invalid_argument("tier " + std::to_string(tier) + " is not within 1..4");
+  return unlocked([&] {
+    std::uint64_t sum = 0;
+    for (std::size_t i = 0; i < buffer.keys().size(); ++i)
+      sum ^= p2pkv::index::entry_checksum(buffer.keys()[i], static_cast<std::uint32_t>(tier));
+    return sum;
+  });
+}
+
+nb::bytes index_keys(std::uint64_t namespace_, nb::sequence hashes) {
+  std::vector<Key> out;
+  out.reserve(nb::len(hashes));
+  const std::uint64_t salt = p2pkv::index::mix64(namespace_);
+  for (nb::handle hash : hashes) {
+    if (!PyBytes_Check(hash.ptr())) throw nb::type_error("a block hash must be bytes");
+    if (PyBytes_GET_SIZE(hash.ptr()) < static_cast<Py_ssize_t>(sizeof(Key)))
+      throw std::invalid_argument("a block hash must be at least 8 bytes long");
+    Key key;
+    std::memcpy(&key, PyBytes_AS_STRING(hash.ptr()), sizeof(Key));
+    out.push_back(key ^ salt);
+  }
+  return pack(out);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  nb::exception<IndexFull>(m, "IndexFull", PyExc_RuntimeError);
+
+  nb::class_<PrefixIndex>(m, "PrefixIndex")
+      .def(nb::init<std::int64_t, std::int64_t>(), "max_nodes"_a, "max_entries"_a)
+      .def(
+          "apply",
+          [](PrefixIndex& index, std::int64_t node, nb::handle keys, std::int64_t tier) {
+            const KeysBuffer buffer(keys);
+            return unlocked([&] { return index.apply(node, buffer.keys(), tier); });
+          },
+          "node"_a, "keys"_a, "tier"_a)
+      .def("replace", replace, "node"_a, "groups"_a)
+      .def("remove_node", &PrefixIndex::remove_node, "node"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("hide", &PrefixIndex::hide, "node"_a, "hidden"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "match",
+          [](const PrefixIndex& index, nb::handle keys, bool beyond) {
+            const KeysBuffer buffer(keys);
+            return pack(unlocked([&] { return index.match(buffer.keys(), beyond); }));
+          },
+          "keys"_a, "beyond"_a = false)
+      .def(
+          "holders",
+          [](const PrefixIndex& index, nb::handle keys, std::int64_t limit, std::int64_t start) {
+            const KeysBuffer buffer(keys);
+            return pack(unlocked([&] { return index.holders(buffer.keys(), limit, start); }));
+          },
+          "keys"_a, "limit"_a, "start"_a)
+      .def("contains_any", contains_any, "keys"_a)
+      .def(
+          "reach",
+          [](const PrefixIndex& index, nb::handle keys) {
+            const KeysBuffer buffer(keys);
+            return unlocked([&] { return index.reach(buffer.keys()); });
+          },
+          "keys"_a)
+      .def("snapshot", snapshot, "node"_a)
+      .def("checksum", &PrefixIndex::checksum, "node"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("count", &PrefixIndex::count, "node"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("top", &PrefixIndex::top, nb::call_guard<nb::gil_scoped_release>())
+      .def("stats", stats);
+
+  m.def("entries_checksum", entries_checksum, "keys"_a, "tier"_a);
+  m.def("index_keys", index_keys, "namespace"_a, "hashes"_a);
+  m.def("mix64", &p2pkv::index::mix64, "x"_a);
+}

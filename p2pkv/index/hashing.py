@@ -1,0 +1,248 @@
+"""Hashes: tokens to an engine's block hashes, block hashes to index keys, and the checksum of a set of entries.
+
+vLLM's four recipes are reproduced byte for byte (0.32.0; ``tests/unit/index/vectors`` holds vectors, and an end-to-end
+test compares them with a real vLLM), so that an HTTP caller who only has token ids finds what an engine stored:
+
+    NONE_HASH = H(seed)
+    h_i       = H((h_(i-1), tuple(tokens of block i), extra keys or None))        full blocks only; h_(-1) = NONE_HASH
+
+Pure. ``cbor2`` and ``xxhash`` are imported only when a recipe needs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle  # noqa: S403  dumps only, never loads: vLLM defines its default recipe over the pickled bytes
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from p2pkv.errors import InvalidArgument
+from p2pkv.index import _core
+from p2pkv.types import MASK64, Tier, index_hash, index_key, mix64, namespace_salt
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = [
+    "VLLM_ALGORITHMS", "VLLM_DEFAULT_SEED", "LoraAdapter", "MultiModalSpan", "VllmHasher", "coarser", "entries_checksum",
+    "entry_checksum", "index_hash", "index_key", "index_keys", "mix64", "namespace_salt", "pack_keys", "unpack_keys",
+    "vllm_event_hash",
+]  # fmt: skip
+
+KEY_BYTES: Final = 8
+
+VLLM_ALGORITHMS: Final = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
+
+VLLM_DEFAULT_SEED: Final = "vllm-none-hash"
+"""vLLM's seed for the sha256 recipes when PYTHONHASHSEED is unset. The xxhash ones then get a random seed per process."""
+
+_PICKLE_PROTOCOL: Final = 5
+"""vLLM asks for HIGHEST_PROTOCOL, which is 5 on every Python it runs on."""
+
+
+# --- index keys ---------------------------------------------------------------------------------------------------
+
+
+def index_keys(namespace: int, hashes: Sequence[bytes]) -> bytes:
+    """Packed index keys of a chain: what :class:`~p2pkv.index.prefix.PrefixIndex` takes. Batch form of ``index_key``.
+
+    Raises:
+        InvalidArgument: a hash is shorter than 8 bytes, or the namespace is not a u64.
+    """
+    if not 0 <= namespace <= MASK64:
+        raise InvalidArgument("namespace must be an unsigned 64-bit integer")
+    try:
+        return _core.index_keys(namespace, hashes)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+
+
+def pack_keys(keys: Iterable[int]) -> bytes:
+    """u64 keys as the index and the wire want them: 8 bytes each, little-endian."""
+    try:
+        return array("Q", keys).tobytes()
+    except OverflowError as error:
+        raise InvalidArgument("keys must be unsigned 64-bit integers") from error
+
+
+def unpack_keys(keys: Buffer) -> memoryview[int]:
+    """View of packed keys as integers; borrows ``keys``."""
+    view = memoryview(keys)
+    if not view.c_contiguous or view.nbytes % KEY_BYTES:
+        raise InvalidArgument("packed keys must be contiguous and a multiple of 8 bytes long", bytes=view.nbytes)
+    return view.cast("B").cast("Q")
+
+
+# --- set checksums ------------------------------------------------------------------------------------------------
+
+
+def entry_checksum(key: int, tier: Tier | int) -> int:
+    """What one (key, tier) adds, by XOR, to the checksum of its owner's set.
+
+    XOR makes the checksum of a set independent of order and updatable in O(1). It finds accidents (a lost or repeated
+    change), not an owner who lies: owners can only lie about themselves, and the pin shows it.
+    """
+    return mix64(key ^ mix64(tier))
+
+
+def entries_checksum(keys: Buffer, tier: Tier | int) -> int:
+    """XOR of :func:`entry_checksum` over packed keys that are all in ``tier``.
+
+    Raises:
+        InvalidArgument: not packed keys, or a tier that entries cannot be in.
+    """
+    try:
+        return _core.entries_checksum(keys, int(tier))
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+
+
+# --- vLLM's block hashes ------------------------------------------------------------------------------------------
+
+
+class LoraAdapter(NamedTuple):
+    """The adapter of a request, as its engine knows it. vLLM hashes name and path."""
+
+    name: str
+    path: str
+
+
+class MultiModalSpan(NamedTuple):
+    """Where the placeholder tokens of one multimodal item lie in the prompt: [offset, offset + length)."""
+
+    identifier: str
+    offset: int
+    length: int
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _pickled(value: object) -> bytes:
+    return pickle.dumps(value, protocol=_PICKLE_PROTOCOL)
+
+
+def _recipe(algorithm: str) -> Callable[[object], bytes]:
+    """H of the module's docstring: serialize, then digest."""
+    if algorithm not in VLLM_ALGORITHMS:
+        raise InvalidArgument(
+            "unknown hash algorithm", algorithm=algorithm, hint=f"vLLM has {', '.join(VLLM_ALGORITHMS)}."
+        )
+    digest: Callable[[bytes], bytes] = _sha256
+    serialize: Callable[[object], bytes] = _pickled
+    if algorithm.startswith("xxhash"):
+        import xxhash
+
+        digest = xxhash.xxh3_128_digest
+    if algorithm.endswith("_cbor"):
+        try:
+            import cbor2
+        except ImportError as error:
+            raise InvalidArgument(
+                "this hash algorithm needs cbor2", algorithm=algorithm, hint="Install p2pkv[cbor]."
+            ) from error
+        dumps = cbor2.dumps
+
+        def serialize(value: object) -> bytes:
+            data: bytes = dumps(value, canonical=True)
+            return data
+
+    return lambda value: digest(serialize(value))
+
+
+def _fresh(text: str) -> str:
+    """An equal string that is nobody else's object.
+
+    Pickle writes the second occurrence of the *same object* as a reference. In vLLM the strings of a request come out of
+    a decoder, each an object of its own; here a caller may well pass one literal twice, and would get another hash.
+    """
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")
+
+
+def _token_list(tokens: Sequence[int] | Buffer) -> list[int]:
+    """Plain ints: a numpy integer or a bool is equal to an int but is pickled differently, and would never match."""
+    ids: list[Any] = tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)  # type: ignore[arg-type]
+    odd = set(map(type, ids)) - {int}
+    if odd:
+        raise InvalidArgument("token ids must be plain integers", types=sorted(t.__name__ for t in odd))
+    return ids
+
+
+class VllmHasher:
+    """Block hashes as one vLLM deployment computes them. Immutable after construction: any thread may use it.
+
+    Args:
+        algorithm: vLLM's ``--prefix-caching-hash-algo``: one of ``VLLM_ALGORITHMS``.
+        seed: the engines' PYTHONHASHSEED; ``None`` when it is unset there.
+
+    Raises:
+        InvalidArgument: unknown algorithm; or no seed with a recipe for which vLLM then draws a random one.
+    """
+
+    def __init__(self, algorithm: str = "sha256", seed: str | None = None) -> None:
+        if seed is None and algorithm.startswith("xxhash"):
+            raise InvalidArgument(
+                "this hash algorithm has no default seed", algorithm=algorithm,
+                hint="vLLM draws a random seed per process then: set PYTHONHASHSEED to one value on every engine and here.",
+            )  # fmt: skip
+        self.algorithm = algorithm
+        self.seed = VLLM_DEFAULT_SEED if seed is None else seed
+        self._hash = _recipe(algorithm)
+        self.none_hash = self._hash(self.seed)
+
+    def block_hashes(
+        self,
+        tokens: Sequence[int] | Buffer,
+        block_tokens: int,
+        *,
+        lora: LoraAdapter | None = None,
+        cache_salt: str | None = None,
+        mm: Sequence[MultiModalSpan] = (),
+    ) -> list[bytes]:
+        """One chained hash per full block of ``tokens`` (32 bytes with the sha256 recipes, 16 with xxhash).
+
+        Prompts given as embeddings are not covered: vLLM hashes the tensors, which never come here.
+
+        Args:
+            tokens: plain integers, or an array of integers with ``tolist``.
+            block_tokens: tokens per hashed block (vLLM's hash block size; for larger chunks see :func:`coarser`).
+            lora: as in the request.
+            cache_salt: as in the request; it enters the first block only, and all others through the chain.
+            mm: as in the request, ascending by offset, not overlapping.
+        """
+        if block_tokens < 1:
+            raise InvalidArgument("block_tokens must be at least 1", block_tokens=block_tokens)
+        if any(a.offset + a.length > b.offset for a, b in zip(mm, mm[1:], strict=False)):
+            raise InvalidArgument("multimodal spans must ascend by offset and not overlap")
+        ids = _token_list(tokens)
+        parent = self.none_hash
+        hashes = []
+        for start in range(0, len(ids) - block_tokens + 1, block_tokens):
+            end = start + block_tokens
+            extra: list[tuple[str | int, ...]] = []
+            if lora is not None:
+                extra.append(("lora", _fresh(lora.name), _fresh(lora.path)))
+            extra += [
+                ("mm", _fresh(span.identifier), span.offset - start)
+                for span in mm
+                if span.offset < end and start < span.offset + span.length
+            ]
+            if start == 0 and cache_salt:
+                extra.append(("cache_salt", _fresh(cache_salt)))
+            parent = self._hash((parent, tuple(ids[start:end]), tuple(extra) if extra else None))
+            hashes.append(parent)
+        return hashes
+
+
+def coarser(hashes: Sequence[bytes], blocks_per_chunk: int) -> list[bytes]:
+    """Hashes of chunks of several hashed blocks: a chained hash covers all before it, so a chunk's is its last block's."""
+    if blocks_per_chunk < 1:
+        raise InvalidArgument("blocks_per_chunk must be at least 1", blocks_per_chunk=blocks_per_chunk)
+    return list(hashes[blocks_per_chunk - 1 :: blocks_per_chunk])
+
+
+def vllm_event_hash(block_hash: bytes) -> int:
+    """A block hash as vLLM's KV events carry it by default: the low 64 bits of the big-endian number."""
+    return int.from_bytes(block_hash, "big") & MASK64

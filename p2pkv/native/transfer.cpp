@@ -1,0 +1,208 @@
+#include "transfer.hpp"
+
+#include <sys/sendfile.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace p2pkv {
+namespace {
+
+constexpr size_t kHeaderBytes = 12;  // p2pkv/wire/frame.py
+constexpr unsigned char kFrameVersion = 1;
+constexpr unsigned char kTypeGot = 13;  // p2pkv/wire/peer.py
+constexpr unsigned char kTypeError = 31;
+constexpr size_t kRecordBytes = 32;
+constexpr size_t kRefusalBytesMax = 8192;
+constexpr size_t kPiece = 256 << 10;       // hashed while still in L2
+constexpr uint64_t kTurnBytes = 4 << 20;   // then another transfer of this thread gets its turn
+constexpr size_t kSendfileBytes = 1 << 20;
+
+uint32_t load32(const unsigned char* p) {
+    uint32_t v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+}  // namespace
+
+Transfer::Want Transfer::on_errno(Want when_it_would_block) {
+    if (errno == EAGAIN || errno == EWOULDBLOCK) return when_it_would_block;
+    return fail(Code::closed, std::strerror(errno));
+}
+
+Receive::Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
+                 uint64_t partial_bytes)
+    : Transfer(job, fd, limits),
+      request_(std::move(request)),
+      blocks_(std::move(blocks)),
+      partial_bytes_(partial_bytes),
+      control_(kHeaderBytes),
+      statuses_(blocks_.size(), 1),
+      expected_(blocks_.size()),
+      digests_(blocks_.size()) {}
+
+Transfer::Want Receive::step() {
+    if (state_ == State::request) {
+        const Want want = send_request();
+        if (state_ == State::request) return want;
+    }
+    while (state_ != State::payload) {
+        const State before = state_;
+        const Want want = read_control();
+        if (state_ == before) return want;
+    }
+    return read_payload();
+}
+
+Transfer::Want Receive::send_request() {
+    while (sent_ < request_.size()) {
+        const ssize_t n = send(fd, request_.data() + sent_, request_.size() - sent_, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return on_errno(Want::write);
+        sent_ += static_cast<size_t>(n);
+        last_progress = Clock::now();
+    }
+    state_ = State::header;
+    return Want::read;
+}
+
+// Fills control_; when it is full, moves on to the next state.
+Transfer::Want Receive::read_control() {
+    while (control_got_ < control_.size()) {
+        const ssize_t n = recv(fd, control_.data() + control_got_, control_.size() - control_got_, MSG_DONTWAIT);
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0) return fail(Code::closed, "the peer closed the connection");
+        if (n < 0) return on_errno(Want::read);
+        control_got_ += static_cast<size_t>(n);
+        last_progress = Clock::now();
+    }
+    return on_control();
+}
+
+Transfer::Want Receive::on_control() {
+    switch (state_) {
+        case State::header: {
+            const uint32_t length = load32(control_.data());
+            const unsigned char version = control_[4], type = control_[5];
+            if (version != kFrameVersion) return fail(Code::protocol, "frame of another version");
+            if (type == kTypeError && length <= kRefusalBytesMax) {
+                state_ = State::refusal;
+            } else if (type == kTypeGot && length == blocks_.size() * kRecordBytes) {
+                state_ = State::records;
+            } else {
+                return fail(Code::protocol, "not an answer to GET");
+            }
+            control_.assign(length, 0);
+            control_got_ = 0;
+            return length == 0 ? on_control() : Want::read;
+        }
+        case State::refusal:
+            return fail(Code::refused, std::string(control_.begin(), control_.end()));
+        case State::records:
+            for (size_t i = 0; i < blocks_.size(); ++i) {
+                const unsigned char* record = control_.data() + i * kRecordBytes;
+                const unsigned char status = record[0];
+                const uint32_t length = load32(record + 4);
+                if (length != (status == kOk ? blocks_[i].length : 0))
+                    return fail(Code::protocol, "a block is not as long as its layout says");
+                statuses_[i] = status;
+                std::memcpy(expected_[i].data(), record + 16, 16);
+            }
+            state_ = State::payload;
+            hash_ops().reset(&hash_);
+            return Want::read;
+        default: return fail(Code::protocol, "unreachable");
+    }
+}
+
+// Skips blocks that the owner does not have; true while there is one to receive.
+bool Receive::next_block() {
+    while (block_ < blocks_.size() && (statuses_[block_] != kOk || blocks_[block_].length == 0)) ++block_;
+    return block_ < blocks_.size();
+}
+
+Transfer::Want Receive::read_payload() {
+    uint64_t turn = 0;
+    while (next_block()) {
+        if (turn >= kTurnBytes) return Want::read;
+        const Destination& block = blocks_[block_];
+        unsigned char* at = block.address + block_got_;
+        const ssize_t n = recv(fd, at, std::min(kPiece, block.length - block_got_), MSG_DONTWAIT);
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0) return fail(Code::closed, "the peer closed the connection in the middle of an answer");
+        if (n < 0) return on_errno(Want::read);
+        const auto got = static_cast<size_t>(n);
+        hash_ops().update(&hash_, at, got);
+        block_got_ += got;
+        bytes_ += got;
+        turn += got;
+        last_progress = Clock::now();
+        if (block_got_ == block.length) {
+            digests_[block_] = hash_ops().digest(&hash_);
+            if (digests_[block_] != expected_[block_]) statuses_[block_] = kRejected;
+            unreported_ += block.length;
+            ++block_;
+            block_got_ = 0;
+            hash_ops().reset(&hash_);
+        }
+    }
+    return Want::done;
+}
+
+void Receive::report(IoEvent* event) {
+    event->first = static_cast<uint32_t>(reported_);
+    event->statuses.assign(statuses_.begin() + reported_, statuses_.begin() + block_);
+    event->digests.assign(digests_.begin() + reported_, digests_.begin() + block_);
+    event->bytes = bytes_;
+    reported_ = block_;
+    unreported_ = 0;
+}
+
+bool Receive::take_partial(IoEvent* event) {
+    if (unreported_ < partial_bytes_ || block_ >= blocks_.size()) return false;
+    report(event);
+    return true;
+}
+
+// Blocks from `block_` on did not arrive whole: they are not in the report, which says how far it goes.
+void Receive::fill_final(IoEvent* event) { report(event); }
+
+Send::Send(uint64_t job, int fd, Limits limits, std::string header, int file, std::vector<FileRun> runs)
+    : Transfer(job, fd, limits), header_(std::move(header)), file_(file), runs_(std::move(runs)) {}
+
+Transfer::Want Send::step() {
+    while (header_sent_ < header_.size()) {
+        const int more = runs_.empty() ? 0 : MSG_MORE;
+        const ssize_t n = send(fd, header_.data() + header_sent_, header_.size() - header_sent_,
+                               MSG_NOSIGNAL | MSG_DONTWAIT | more);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return on_errno(Want::write);
+        header_sent_ += static_cast<size_t>(n);
+        last_progress = Clock::now();
+    }
+    uint64_t turn = 0;
+    while (run_ < runs_.size()) {
+        if (turn >= kTurnBytes) return Want::write;
+        const FileRun& run = runs_[run_];
+        if (run_sent_ == run.length) {
+            ++run_;
+            run_sent_ = 0;
+            continue;
+        }
+        off_t offset = static_cast<off_t>(run.offset + run_sent_);
+        const ssize_t n = sendfile(fd, file_, &offset, std::min<uint64_t>(kSendfileBytes, run.length - run_sent_));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return on_errno(Want::write);
+        if (n == 0) return fail(Code::protocol, "a run lies behind the end of the arena");
+        run_sent_ += static_cast<uint64_t>(n);
+        bytes_ += static_cast<uint64_t>(n);
+        turn += static_cast<uint64_t>(n);
+        last_progress = Clock::now();
+    }
+    return Want::done;
+}
+
+}  // namespace p2pkv

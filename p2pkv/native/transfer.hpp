@@ -1,0 +1,144 @@
+// One exchange on one non-blocking socket, as a state machine that a single I/O thread steps.
+#pragma once
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "hash.hpp"
+
+namespace p2pkv {
+
+using Clock = std::chrono::steady_clock;
+
+// How a transfer ended; p2pkv/transport/native.py mirrors these numbers.
+enum class Code : int {
+    ok = 0,
+    timeout = 1,    // the deadline passed
+    stalled = 2,    // no byte moved for the stall time
+    closed = 3,     // the other side closed or reset the connection
+    protocol = 4,   // what came is not what the protocol allows
+    cancelled = 5,  // cancel() or stop()
+    refused = 6,    // the owner answered ERROR; `detail` is its msgpack body
+};
+
+// Status bytes per block, as in p2pkv.types.Status.
+constexpr unsigned char kOk = 0;
+constexpr unsigned char kRejected = 2;
+
+struct IoEvent {
+    uint64_t job = 0;
+    bool final = false;
+    Code code = Code::ok;
+    uint32_t first = 0;  // index of the block that statuses[0] is about
+    std::vector<unsigned char> statuses;
+    std::vector<Digest> digests;
+    uint64_t bytes = 0;  // payload bytes moved by the whole job so far
+    std::string detail;
+};
+
+struct Limits {
+    Clock::time_point deadline;
+    Clock::duration stall;
+};
+
+class Transfer {
+  public:
+    enum class Want { read, write, done };
+
+    Transfer(uint64_t job, int fd, Limits limits)
+        : job(job), fd(fd), limits(limits), last_progress(Clock::now()) {}
+    virtual ~Transfer() = default;
+
+    // Move bytes until the socket would block, the turn's budget is used, or the transfer ends. Never blocks.
+    virtual Want step() = 0;
+
+    // Blocks that are finished and not reported yet, moved out; the I/O thread sends them on.
+    virtual bool take_partial(IoEvent*) { return false; }
+    virtual void fill_final(IoEvent*) {}
+
+    Clock::time_point next_check() const { return std::min(limits.deadline, last_progress + limits.stall); }
+
+    const uint64_t job;
+    const int fd;
+    const Limits limits;
+    Clock::time_point last_progress;
+    Code code = Code::ok;
+    std::string detail;
+
+  protected:
+    Want fail(Code why, std::string text = {}) {
+        code = why;
+        detail = std::move(text);
+        return Want::done;
+    }
+    // After a system call returned -1: what that means for the transfer.
+    Want on_errno(Want when_it_would_block);
+};
+
+struct Destination {
+    unsigned char* address;
+    uint32_t length;
+};
+
+// Send a request, then read GOT: records, then payloads straight into their destinations, hashing each piece while it
+// is hot, and comparing each block's digest with the owner's before it counts.
+class Receive final : public Transfer {
+  public:
+    Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
+            uint64_t partial_bytes);
+    Want step() override;
+    bool take_partial(IoEvent* event) override;
+    void fill_final(IoEvent* event) override;
+
+  private:
+    enum class State { request, header, refusal, records, payload };
+    Want send_request();
+    Want read_control();
+    Want on_control();
+    Want read_payload();
+    bool next_block();
+    void report(IoEvent* event);
+
+    State state_ = State::request;
+    std::string request_;
+    size_t sent_ = 0;
+    std::vector<Destination> blocks_;
+    const uint64_t partial_bytes_;
+    std::vector<unsigned char> control_;  // header, refusal body or records being read
+    size_t control_got_ = 0;
+    std::vector<unsigned char> statuses_;
+    std::vector<Digest> expected_;
+    std::vector<Digest> digests_;
+    size_t block_ = 0;         // block being received
+    size_t block_got_ = 0;     // bytes of it that are here
+    size_t reported_ = 0;      // blocks already sent on
+    uint64_t unreported_ = 0;  // payload bytes of finished blocks not sent on yet
+    uint64_t bytes_ = 0;
+    HashState hash_;
+};
+
+struct FileRun {
+    uint64_t offset;
+    uint64_t length;
+};
+
+// Send a ready-made header, then runs of a file (the arena's memfd) without copying them through user space.
+class Send final : public Transfer {
+  public:
+    Send(uint64_t job, int fd, Limits limits, std::string header, int file, std::vector<FileRun> runs);
+    Want step() override;
+    void fill_final(IoEvent* event) override { event->bytes = bytes_; }
+
+  private:
+    std::string header_;
+    size_t header_sent_ = 0;
+    const int file_;
+    std::vector<FileRun> runs_;
+    size_t run_ = 0;
+    uint64_t run_sent_ = 0;
+    uint64_t bytes_ = 0;
+};
+
+}  // namespace p2pkv

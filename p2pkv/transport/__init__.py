@@ -1,0 +1,1 @@
+"""Bytes between nodes: one contract (:mod:`.base`), an implementation per file."""

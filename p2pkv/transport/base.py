@@ -1,0 +1,137 @@
+"""The contract every transport keeps, and what a transport may ask of its host process.
+
+A *pull* moves blocks that a peer holds into slots of the local arena. Contract for implementors:
+
+1. Destination pulls. Nothing is ever written into a peer's memory, and nobody writes into ours uninvited.
+2. A block is reported ``Status.OK`` only when its xxh3_128 equals the one that the owner took at put time.
+3. :meth:`Transport.pull` returns by its deadline, whatever the peer does, and never raises for a peer's failure:
+   failures are statuses.
+4. Slots of a pull that ended badly may still be written to if, and only if, the result names them in ``unsafe``; the
+   caller parks these until ``cleared(token)`` is called.
+5. The owner's blocks stay under a lease while they are read, and the lease is given back afterwards (or expires).
+6. All methods run on the event loop's thread and never block it for longer than a system call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from p2pkv.types import Extent, Status
+
+
+class HeldBlock(NamedTuple):
+    """One pinned block of the local store: its place in the arena, its slot's generation, its checksum (16 bytes)."""
+
+    offset: int
+    length: int
+    generation: int
+    checksum: bytes
+
+
+class Held(NamedTuple):
+    """Answer to a pin: a lease (0 = nothing was pinned), its time to live in seconds, and per asked hash a block or None."""
+
+    lease: int
+    ttl_s: float
+    blocks: Sequence[HeldBlock | None]
+
+
+class BlockSource(Protocol):
+    """What the serving half of a transport needs from the store."""
+
+    def pin(self, namespace: int, hashes: Sequence[bytes], ttl_s: float, holder: int) -> Held:
+        """Hold the blocks that are here for at most ``ttl_s``. ``holder``: the asking node, for its quota.
+
+        Raises:
+            Busy: the holder or the table is at its bound.
+            LayoutMismatch, InvalidArgument: the namespace cannot be served, and why.
+        """
+        ...
+
+    def release(self, lease: int) -> bool:
+        """End a lease; True when it was in force all along."""
+        ...
+
+
+class ArenaMemory(Protocol):
+    """The arena as a transport sees it: a descriptor and a mapping, both valid until the process ends."""
+
+    @property
+    def fd(self) -> int: ...
+    @property
+    def base_address(self) -> int: ...
+    @property
+    def capacity_bytes(self) -> int: ...
+
+
+OnBlock = Callable[[int, Status, bytes], None]
+"""(index into the request, status, xxh3_128). Called once per finished block, on the loop's thread, in any order."""
+
+
+class PullRequest(NamedTuple):
+    """Blocks wanted from one node. ``destinations[i]`` is where ``hashes[i]`` goes, its length what the layout says."""
+
+    node: int
+    namespace: int
+    hashes: Sequence[bytes]
+    destinations: Sequence[Extent]
+    deadline_s: float  # from now
+    on_block: OnBlock
+
+
+class PullResult(NamedTuple):
+    """How a pull ended. ``statuses`` has one entry per asked block; ``reason`` is for people and logs.
+
+    ``unsafe``: indices whose destination may still be written to, until ``cleared`` is called with ``token``.
+    """
+
+    statuses: list[Status]
+    bytes_moved: int
+    reason: str = ""
+    unsafe: frozenset[int] = frozenset()
+    token: int = 0
+
+
+class Transport(Protocol):
+    """One way to pull blocks; see the contract at the top of this file."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def start(self) -> None:
+        """Make ready to pull and to serve.
+
+        Raises:
+            TransportUnavailable: this host cannot run it; the hint says what is missing.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """End every transfer and give back every resource; bounded in time."""
+        ...
+
+    async def pull(self, request: PullRequest) -> PullResult: ...
+
+    def peer_gone(self, node: int) -> None:
+        """The node is unreachable or has left: drop what is kept for it."""
+        ...
+
+
+class NullTransport:
+    """A transport that never has anything: for agents that only serve local engines, and for tests."""
+
+    name = "null"
+
+    async def start(self) -> None:
+        """Nothing to make ready."""
+
+    async def stop(self) -> None:
+        """Nothing to end."""
+
+    async def pull(self, request: PullRequest) -> PullResult:
+        """Every block is a miss, at once."""
+        return PullResult([Status.MISS] * len(request.hashes), 0, "the null transport has nothing")
+
+    def peer_gone(self, node: int) -> None:
+        """Nothing is kept."""

@@ -1,0 +1,592 @@
+"""The agent's side of its NIXL child: starts it, talks to it, notices its death, starts the next one.
+
+Everything runs on the agent's event loop; no call blocks it but the start of a child (some ms of ``vfork``). What a
+caller can rely on:
+
+* :meth:`NixlProcess.read` answers by its deadline plus :data:`GRACE_S`, whatever the child or the peer does.
+* Bytes of a read that has ended may still arrive while they are in *quarantine*: ``on_quarantine`` names them before
+  the read's answer does, ``on_clear`` comes when nothing can write them any more: the transfer ended, or the child
+  that ran it was reaped. Slots touched by quarantined bytes must not be reused in between.
+* Quarantine is bounded in bytes and time. Beyond either the child is killed: the one sure way to stop a transfer.
+* After a child's death every pending read fails within milliseconds, and a new child (a new *incarnation*, with a new
+  agent name, knowing no peers) follows after a pause that doubles up to a limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from p2pkv.errors import (
+    Busy,
+    DeadlineExceeded,
+    InvalidArgument,
+    P2PKVError,
+    PeerUnavailable,
+    RemoteProtocolError,
+    TransportUnavailable,
+)
+from p2pkv.transport import nixl_wire as wire
+from p2pkv.transport.nixl_wire import ReadStatus, Run
+from p2pkv.wire.frame import FrameDecoder
+from p2pkv.wire.peer import NixlEndpoint
+
+log = logging.getLogger(__name__)
+
+GRACE_S: Final = 0.02
+"""The child answers at the deadline; this long after it the agent answers in its place. Covers one long post."""
+
+RECEIVE_BYTES: Final = 1 << 18
+STABLE_S: Final = 10.0
+"""A child that lived this long resets the pause before its successor."""
+
+INSTALL_HINT: Final = "Install it with scripts/setup-nixl.sh, or set transport.kind to tcp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NixlOptions:
+    """Settings of the child and of its supervision."""
+
+    ucx: Mapping[str, str] = field(default_factory=dict)  # UCX_* for the child, e.g. {"UCX_NET_DEVICES": "mlx5_0:1"}
+    start_s: float = 30.0  # importing NIXL and registering the arena; RDMA pins it, about 1 s per 10 GB
+    hang_s: float = 5.0  # a child that misses a read's deadline and then a ping for this long is killed
+    quarantine_bytes_max: int = 1 << 30  # more than this in quarantine: the child is killed
+    quarantine_s: float = 30.0  # in quarantine for longer than this: likewise
+    reads_max: int = 1_000  # open at once; more are refused with Busy
+    backoff_s: float = 0.05  # before the first restart; doubles
+    backoff_max_s: float = 10.0
+    idle_ms: float = 100.0  # the child's housekeeping tick
+
+
+class ReadOutcome(NamedTuple):
+    """How a read ended. The first ``done_bytes`` bytes along its runs are valid whatever ``error`` is;
+    ``error`` is None when that is all of them."""
+
+    done_bytes: int
+    error: P2PKVError | None
+
+
+class Connection(NamedTuple):
+    """What ADD_PEER found out. ``inline``: reads need nothing of the owner's child, so the owner need not serve."""
+
+    inline: bool
+    connect_us: int
+
+
+class _Pending:
+    """A read without an answer."""
+
+    __slots__ = ("extents", "future", "on_progress", "peer", "timer", "total")
+
+    def __init__(
+        self, peer: str, runs: Sequence[Run], future: asyncio.Future[ReadOutcome], on_progress: Callable[[int], None] | None
+    ) -> None:
+        self.peer = peer
+        self.extents = [(run.local_offset, run.length) for run in runs]
+        self.total = sum(run.length for run in runs)
+        self.future = future
+        self.on_progress = on_progress
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class _Child:
+    """One incarnation: the process, the socket to it, and whether it is ready or dead."""
+
+    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        self.process = process
+        self.started_at = time.monotonic()
+        self.ready: asyncio.Future[wire.Ready] = loop.create_future()
+        self.dead: asyncio.Future[str] = loop.create_future()
+        self._sock = sock
+        self._loop = loop
+        self._decoder = FrameDecoder(wire.BODY_BYTES_MAX)
+        self._unsent = bytearray()
+
+    def watch(self, on_message: Callable[[msgspec.Struct, int], None]) -> None:
+        """Deliver every message of the child to ``on_message`` until it is dead."""
+        self._loop.add_reader(self._sock, self._receive, on_message)
+
+    def _receive(self, on_message: Callable[[msgspec.Struct, int], None]) -> None:
+        try:
+            data = self._sock.recv(RECEIVE_BYTES)
+            if not data:
+                return self.give_up("it exited")
+            frames = list(self._decoder.feed(data))
+            for frame in frames:
+                if not self.dead.done():
+                    on_message(wire.CODEC.decode(frame), frame.request_id)
+        except BlockingIOError:
+            return None
+        except (OSError, P2PKVError) as error:
+            return self.give_up(str(error))
+        return None
+
+    def send(self, message: msgspec.Struct, request_id: int = 0) -> None:
+        """Queue a command. The queue is bounded by the reads and connects that the agent has open."""
+        if self.dead.done():
+            return
+        data = wire.CODEC.encode(message, request_id)
+        if not self._unsent:
+            try:
+                data = data[self._sock.send(data) :]
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                return self.give_up(str(error))
+            if data:
+                self._loop.add_writer(self._sock, self._flush)
+        self._unsent += data
+
+    def _flush(self) -> None:
+        try:
+            del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            return self.give_up(str(error))
+        if not self._unsent:
+            self._loop.remove_writer(self._sock)
+
+    def give_up(self, reason: str) -> None:
+        """Kill it. What it was doing stops when it is reaped."""
+        if self.dead.done():
+            return
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        self.process.kill()
+        self.dead.set_result(reason)
+
+    async def reap(self) -> int:
+        """Wait until the kernel has taken the process down: after this nothing it started can write memory."""
+        return await asyncio.to_thread(self.process.wait)
+
+
+class NixlProcess:
+    """A supervised NIXL child.
+
+    Args:
+        arena_fd: memfd of the arena; the child inherits it. Stays the caller's.
+        arena_bytes: its size, in bytes.
+        node, epoch: of this agent; with the incarnation they make the NIXL agent name.
+        on_ready: called with the endpoint of every new incarnation: what peers need in order to read from here.
+        on_down: called with the reason when an incarnation has died; peers' connections are gone.
+        on_quarantine, on_clear: see the module's docstring. Extents are (offset, length) in the arena, bytes.
+
+    Callbacks run on the event loop and must not block or raise.
+    """
+
+    def __init__(
+        self,
+        arena_fd: int,
+        arena_bytes: int,
+        *,
+        node: int,
+        epoch: int,
+        options: NixlOptions | None = None,
+        on_ready: Callable[[NixlEndpoint], None] | None = None,
+        on_down: Callable[[str], None] | None = None,
+        on_quarantine: Callable[[int, Sequence[tuple[int, int]]], None] | None = None,
+        on_clear: Callable[[int], None] | None = None,
+    ) -> None:
+        self._arena_fd = arena_fd
+        self._arena_bytes = arena_bytes
+        self._node = node
+        self._epoch = epoch
+        self._options = options or NixlOptions()
+        self._on_ready = on_ready
+        self._on_down = on_down
+        self._on_quarantine = on_quarantine
+        self._on_clear = on_clear
+        self.ready: NixlEndpoint | None = None
+        self.incarnation = 0
+        self.restarts = 0
+        self.kills_for_quarantine = 0
+        self._ids = itertools.count(1)  # never reused: a late answer must not be taken for another read's
+        self._child: _Child | None = None
+        self._peers: dict[str, Connection] = {}
+        self._pending: dict[int, _Pending] = {}
+        self._asked: dict[int, asyncio.Future[msgspec.Struct]] = {}
+        self._held: dict[int, tuple[float, int]] = {}  # read id -> (since, bytes)
+        self._held_timer: asyncio.TimerHandle | None = None
+        self._serving: dict[Hashable, float] = {}
+        self._serve_until = 0.0
+        self._ping: asyncio.TimerHandle | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # life
+
+    async def start(self) -> NixlEndpoint:
+        """Start the first child and wait until it is ready.
+
+        Raises:
+            TransportUnavailable: NIXL is missing, UCX does not work on this host, or the child did not get ready in time.
+        """
+        self._loop = asyncio.get_running_loop()
+        child = self._spawn()
+        try:
+            async with asyncio.timeout(self._options.start_s):
+                await self._until_ready(child)
+        except TimeoutError:
+            await self._bury(child, "it did not get ready in time")
+            raise TransportUnavailable(
+                "the NIXL process did not get ready in time", seconds=self._options.start_s, hint=INSTALL_HINT
+            ) from None
+        except BaseException as error:
+            await self._bury(child, str(error))
+            raise
+        assert self.ready is not None
+        self._supervisor = self._loop.create_task(self._supervise(child))
+        return self.ready
+
+    async def stop(self) -> None:
+        """Kill the child and fail what is pending. Idempotent."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.cancel()
+            await asyncio.gather(supervisor, return_exceptions=True)
+        if self._child is not None:
+            await self._bury(self._child, "the transport is stopping")
+        for timer in (self._ping, self._held_timer):
+            if timer is not None:
+                timer.cancel()
+
+    @property
+    def pid(self) -> int | None:
+        """The living child's process id."""
+        return self._child.process.pid if self._child and not self._child.dead.done() else None
+
+    @property
+    def quarantined(self) -> frozenset[int]:
+        """Ids of reads with bytes in quarantine."""
+        return frozenset(self._held)
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Upper bound of the bytes that may still be written by reads that have ended."""
+        return sum(length for _, length in self._held.values())
+
+    # use
+
+    def connected(self, name: str) -> Connection | None:
+        """The connection to a peer's NIXL process, if this incarnation has one."""
+        return self._peers.get(name)
+
+    async def add_peer(self, endpoint: NixlEndpoint, deadline_s: float = 2.0) -> Connection:
+        """Connect to an owner's child and warm the connection up; older incarnations of that node are forgotten.
+        The owner's child must be serving meanwhile (20 to 200 ms), or it takes some of its idle ticks.
+
+        Raises:
+            PeerUnavailable: it did not answer in time, or NIXL refused.
+            TransportUnavailable: the own child is not there.
+        """
+        if known := self._peers.get(endpoint.name):
+            return known
+        request = wire.AddPeer(
+            endpoint.name, endpoint.metadata, endpoint.base, endpoint.arena_bytes,
+            wire.monotonic_ns_after(time.monotonic(), deadline_s),
+        )  # fmt: skip
+        answer = await self._ask(request, deadline_s + 10 * GRACE_S)
+        if not isinstance(answer, wire.PeerAdded):
+            raise PeerUnavailable("the NIXL process did not answer a connect in time", peer=endpoint.name)
+        if answer.error:
+            raise PeerUnavailable("cannot connect to a peer's NIXL process", peer=endpoint.name, reason=answer.error)
+        node = wire.node_of(endpoint.name)
+        for older in [name for name in self._peers if wire.node_of(name) == node]:
+            del self._peers[older]
+        self._peers[endpoint.name] = connection = Connection(answer.inline, answer.connect_us)
+        return connection
+
+    def remove_peer(self, name: str) -> None:
+        """Forget a peer; its reads in flight fail."""
+        self._peers.pop(name, None)
+        if self._child is not None:
+            self._child.send(wire.RemovePeer(name))
+
+    async def read(
+        self, peer: str, runs: Sequence[Run], deadline_s: float, on_progress: Callable[[int], None] | None = None
+    ) -> ReadOutcome:
+        """Read runs of a peer's arena into the own one.
+
+        ``on_progress(done_bytes)``: so many bytes, counted along ``runs``, have landed and are stable. Not called for
+        the last ones: then the outcome comes. Cancelling the caller cancels the read; its bytes go into quarantine.
+
+        Never raises for what happens on the way, only:
+            InvalidArgument: a run leaves the own arena. Busy: too many reads are open.
+        """
+        packed = wire.pack_runs(runs)
+        for run in runs:
+            if run.length < 1 or run.local_offset + run.length > self._arena_bytes:
+                raise InvalidArgument("a run is empty or leaves the arena", run=tuple(run), arena_bytes=self._arena_bytes)
+        if len(self._pending) >= self._options.reads_max:
+            raise Busy("too many NIXL reads are open", reads=len(self._pending))
+        child, loop = self._child, self._loop
+        if child is None or loop is None or self.ready is None:
+            return ReadOutcome(0, TransportUnavailable("the NIXL process is not running (it is being restarted)"))
+        read_id = next(self._ids) & 0xFFFFFFFF
+        pending = _Pending(peer, runs, loop.create_future(), on_progress)
+        self._pending[read_id] = pending
+        now = time.monotonic()
+        pending.timer = loop.call_later(deadline_s + GRACE_S, self._overdue, read_id)
+        child.send(wire.Read(peer, packed, wire.monotonic_ns_after(now, deadline_s)), read_id)
+        try:
+            return await pending.future
+        except asyncio.CancelledError:
+            if read_id in self._pending:
+                self._abandon(read_id, DeadlineExceeded("the read was cancelled"))
+                child.send(wire.Cancel(), read_id)
+            raise
+
+    def serve(self, token: Hashable, until: float) -> None:
+        """A peer whose reads are not inline reads from here: keep the child progressing until then
+        (``time.monotonic()``) or :meth:`serve_done`. One entry per token; expired ones are dropped."""
+        self._serving[token] = until
+        self._update_serve()
+
+    def serve_done(self, token: Hashable) -> None:
+        """That peer has finished."""
+        if self._serving.pop(token, None) is not None:
+            self._update_serve()
+
+    async def stats(self, timeout_s: float = 1.0) -> wire.StatsReply:
+        """The child's counters.
+
+        Raises:
+            TransportUnavailable: there is no child, or it does not answer.
+        """
+        answer = await self._ask(wire.Stats(), timeout_s)
+        if not isinstance(answer, wire.StatsReply):
+            raise TransportUnavailable("the NIXL process does not answer", seconds=timeout_s)
+        return answer
+
+    # supervision
+
+    def _spawn(self) -> _Child:
+        assert self._loop is not None
+        self.incarnation += 1
+        ours, theirs = socket.socketpair()
+        with theirs:
+            ours.setblocking(False)
+            root = str(Path(__file__).resolve().parents[2])
+            paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+            quiet = {"UCX_HANDLE_ERRORS": "none", "UCX_LOG_LEVEL": "error", "NIXL_LOG_LEVEL": "ERROR"}
+            command = [
+                sys.executable, "-m", "p2pkv.transport.nixl_worker",
+                "--fd", str(theirs.fileno()),
+                "--arena-fd", str(self._arena_fd),
+                "--arena-bytes", str(self._arena_bytes),
+                "--name", wire.agent_name(self._node, self._epoch, self.incarnation),
+                "--parent-pid", str(os.getpid()),
+                "--idle-ms", str(self._options.idle_ms),
+            ]  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                env={**quiet, **os.environ, **self._options.ucx, "PYTHONPATH": os.pathsep.join(paths)},
+                pass_fds=(theirs.fileno(), self._arena_fd),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self._child = child = _Child(process, ours, self._loop)
+        child.watch(self._on_message)
+        return child
+
+    async def _until_ready(self, child: _Child) -> None:
+        await asyncio.wait((child.ready, child.dead), return_when=asyncio.FIRST_COMPLETED)
+        if not child.ready.done():
+            reason = child.dead.result()
+            raise TransportUnavailable("the NIXL process died while it started", reason=reason, hint=INSTALL_HINT)
+        ready = child.ready.result()  # raises what FATAL said
+        self.ready = NixlEndpoint(ready.name, ready.metadata, ready.base, ready.arena_bytes)
+        log.info("NIXL process %d is ready: %s (%s %s)", child.process.pid, ready.name, ready.package, ready.version)
+        self._serve_until = 0.0
+        self._update_serve()
+        if self._on_ready is not None:
+            self._on_ready(self.ready)
+
+    async def _supervise(self, child: _Child) -> None:
+        pause = self._options.backoff_s
+        while True:
+            reason = await asyncio.shield(child.dead)
+            await self._bury(child, reason)
+            if time.monotonic() - child.started_at > STABLE_S:
+                pause = self._options.backoff_s
+            log.warning("the NIXL process died (%s); the next one starts in %.2f s", reason, pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, self._options.backoff_max_s)
+            self.restarts += 1
+            child = self._spawn()
+            try:
+                async with asyncio.timeout(self._options.start_s):
+                    await self._until_ready(child)
+            except (TimeoutError, P2PKVError) as error:
+                child.give_up(str(error) or "it did not get ready in time")
+
+    async def _bury(self, child: _Child, reason: str) -> None:
+        """Fail what depends on a child, make sure that it is gone, then free what it may have been writing to."""
+        child.give_up(reason)
+        self.ready = None
+        self._peers.clear()
+        error = TransportUnavailable("the NIXL process died with the read in flight", reason=reason)
+        for read_id in list(self._pending):
+            self._abandon(read_id, error)
+        asked, self._asked = self._asked, {}
+        for future in asked.values():
+            if not future.done():
+                future.set_exception(TransportUnavailable("the NIXL process died", reason=reason))
+        if self._on_down is not None:
+            self._on_down(reason)
+        await child.reap()
+        if self._child is child:
+            self._child = None
+        for read_id in list(self._held):
+            self._clear(read_id)
+
+    # messages
+
+    def _on_message(self, message: msgspec.Struct, request_id: int) -> None:
+        match message:
+            case wire.ReadProgress():
+                pending = self._pending.get(request_id)
+                if pending is not None and pending.on_progress is not None:
+                    pending.on_progress(message.done_bytes)
+            case wire.ReadDone():
+                self._on_done(request_id, message)
+            case wire.QuarantineClear():
+                self._clear(request_id)
+            case wire.PeerAdded() | wire.StatsReply():
+                future = self._asked.pop(request_id, None)
+                if future is not None and not future.done():
+                    future.set_result(message)
+                if self._ping is not None:
+                    self._ping.cancel()
+                    self._ping = None
+            case wire.Ready() if self._child is not None and not self._child.ready.done():
+                self._child.ready.set_result(message)
+            case wire.Fatal() if self._child is not None and not self._child.ready.done():
+                hint = INSTALL_HINT if message.code is wire.FatalCode.NO_NIXL else "Run p2pkv doctor"
+                self._child.ready.set_exception(
+                    TransportUnavailable("NIXL cannot be used", code=message.code.name, reason=message.detail, hint=hint)
+                )
+            case _:
+                raise RemoteProtocolError("the NIXL process sent what only an agent may send", type=type(message).__name__)
+
+    def _on_done(self, read_id: int, done: wire.ReadDone) -> None:
+        pending = self._pending.pop(read_id, None)
+        if pending is None:
+            if not done.open:
+                self._clear(read_id)  # abandoned by us, and ended by now
+            return
+        if pending.timer is not None:
+            pending.timer.cancel()
+        if done.open:
+            self._hold(read_id, wire.unpack_extents(done.open))
+        if done.status in (ReadStatus.NO_PEER, ReadStatus.DISCONNECTED):
+            self._peers.pop(pending.peer, None)
+        if not pending.future.done():
+            pending.future.set_result(ReadOutcome(done.done_bytes, error_of(done, pending.peer)))
+
+    async def _ask(self, message: msgspec.Struct, timeout_s: float) -> msgspec.Struct | None:
+        child, loop = self._child, self._loop
+        if child is None or loop is None or self.ready is None:
+            raise TransportUnavailable("the NIXL process is not running (it is being restarted)")
+        request_id = next(self._ids) & 0xFFFFFFFF
+        future: asyncio.Future[msgspec.Struct] = loop.create_future()
+        self._asked[request_id] = future
+        child.send(message, request_id)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            return None
+        finally:
+            self._asked.pop(request_id, None)
+
+    def _update_serve(self) -> None:
+        now = time.monotonic()
+        self._serving = {token: until for token, until in self._serving.items() if until > now}
+        until = max(self._serving.values(), default=0.0)
+        if until != self._serve_until and self._child is not None and self.ready is not None:
+            self._serve_until = until
+            self._child.send(wire.Serve(wire.monotonic_ns_after(until, 0.0)))
+
+    # late reads
+
+    def _overdue(self, read_id: int) -> None:
+        """The child has not answered in time: answer in its place, and find out whether it lives."""
+        if read_id in self._pending:
+            self._abandon(read_id, DeadlineExceeded("a NIXL read did not end in time"))
+            if self._ping is None and self._child is not None and self._loop is not None:
+                child = self._child
+                child.send(wire.Stats(), next(self._ids) & 0xFFFFFFFF)
+                self._ping = self._loop.call_later(self._options.hang_s, self._hung, child)
+
+    def _hung(self, child: _Child) -> None:
+        self._ping = None
+        child.give_up("it did not answer a ping")
+
+    def _abandon(self, read_id: int, error: P2PKVError) -> None:
+        """Answer a read whose end is not known: all of it may still be written."""
+        pending = self._pending.pop(read_id)
+        if pending.timer is not None:
+            pending.timer.cancel()
+        self._hold(read_id, pending.extents)
+        if not pending.future.done():
+            pending.future.set_result(ReadOutcome(0, error))
+
+    def _hold(self, read_id: int, extents: Sequence[tuple[int, int]]) -> None:
+        assert self._loop is not None
+        self._held[read_id] = (time.monotonic(), sum(length for _, length in extents))
+        if self._on_quarantine is not None:
+            self._on_quarantine(read_id, extents)
+        if self.quarantined_bytes > self._options.quarantine_bytes_max:
+            self._kill_for_quarantine("too many bytes in quarantine")
+        elif self._held_timer is None:
+            self._held_timer = self._loop.call_later(self._options.quarantine_s, self._held_too_long)
+
+    def _clear(self, read_id: int) -> None:
+        if self._held.pop(read_id, None) is not None and self._on_clear is not None:
+            self._on_clear(read_id)
+
+    def _held_too_long(self) -> None:
+        assert self._loop is not None
+        self._held_timer = None
+        if not self._held:
+            return
+        oldest = min(since for since, _ in self._held.values()) + self._options.quarantine_s - time.monotonic()
+        if oldest <= 0:
+            self._kill_for_quarantine("bytes were in quarantine for too long")
+        else:
+            self._held_timer = self._loop.call_later(oldest, self._held_too_long)
+
+    def _kill_for_quarantine(self, reason: str) -> None:
+        if self._child is not None and not self._child.dead.done():
+            self.kills_for_quarantine += 1
+            self._child.give_up(reason)
+
+
+def error_of(done: wire.ReadDone, peer: str) -> P2PKVError | None:
+    """The typed error of a read that did not end well."""
+    match done.status:
+        case ReadStatus.OK:
+            return None
+        case ReadStatus.TIMEOUT | ReadStatus.CANCELLED:
+            return DeadlineExceeded("a NIXL read did not end in time", peer=peer, done_bytes=done.done_bytes)
+        case ReadStatus.BUSY:
+            return Busy("the NIXL process has too many reads open", peer=peer)
+        case ReadStatus.INVALID:
+            return InvalidArgument("the NIXL process refused a read", peer=peer, reason=done.detail)
+        case _:
+            return PeerUnavailable("a NIXL read failed", peer=peer, status=done.status.name, reason=done.detail)

@@ -1,0 +1,291 @@
+"""The NIXL child: ``python -m p2pkv.transport.nixl_worker --fd N --arena-fd M ...``, started by :mod:`.nixl_process`.
+
+It maps the arena that it inherits, registers it with NIXL once, and moves bytes when its agent says so over the one
+socket that it inherits. It sleeps on that socket while nothing flies; it spins, then naps, while something does. It has
+no thread of its own, never unmaps the arena, never deregisters it, opens no socket of its own (UCX opens some), never
+imports torch, and never outlives its agent: the kernel kills it with its parent, and it exits when the socket closes.
+
+Crashing is allowed here: what it takes along is connections and transfers in flight, never a block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import logging
+import mmap
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from p2pkv.errors import P2PKVError, RemoteProtocolError
+from p2pkv.transport import nixl_wire as wire
+from p2pkv.transport.nixl_engine import Engine, FabricError
+from p2pkv.wire.frame import Frame, FrameDecoder
+
+PACKAGES: Final = ("nixl_cu12", "nixl_cu13")
+"""Never the meta package ``nixl``: it imports torch when neither is there."""
+
+SCRATCH_BYTES: Final = 65_536
+RECEIVE_BYTES: Final = 1 << 16
+OUT_BYTES_MAX: Final = 8 << 20
+"""Answers that the agent has not taken. Their number is bounded by the reads it may have open; past this it is stuck."""
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_TIMERSLACK: Final = 29
+MADV_POPULATE_WRITE: Final = 23
+POPULATE_STEP_BYTES: Final = 1 << 30
+
+
+class NixlFabric:
+    """:class:`~.nixl_engine.Fabric` over a real NIXL agent with the UCX backend and no progress thread."""
+
+    def __init__(self, module: ModuleType, name: str, base: int, arena_bytes: int) -> None:
+        bindings = importlib.import_module(f"{module.__name__}._bindings")
+        # NIXL's errors have no common base class.
+        self._errors = tuple(
+            value for key, value in vars(bindings).items() if key.startswith("nixl") and key.endswith("Error")
+        )
+        self._disconnects = (bindings.nixlRemoteDisconnectError,)
+        self._agent: Any = module.nixl_agent(name, module.nixl_agent_config(enable_prog_thread=False, backends=[]))
+        self._agent.create_backend("UCX", {"ucx_error_handling_mode": "peer"})
+        self._scratch = mmap.mmap(-1, SCRATCH_BYTES)
+        self._scratch_base = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch))
+        regions = [(base, arena_bytes, 0, ""), (self._scratch_base, SCRATCH_BYTES, 0, "")]
+        self._registered = self._agent.register_memory(regions, "DRAM")
+        self.metadata: bytes = self._agent.get_agent_metadata()
+
+    def _call(self, function: Callable[..., Any], *args: object) -> Any:
+        try:
+            return function(*args)
+        except self._errors as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise FabricError(detail, disconnected=isinstance(error, self._disconnects)) from error
+
+    def connect(self, metadata: bytes) -> str:
+        name: bytes = self._call(self._agent.add_remote_agent, metadata)
+        return name.decode("utf-8", "replace")
+
+    def disconnect(self, name: str) -> None:
+        self._call(self._agent.remove_remote_agent, name)
+
+    def create(self, peer: str, local: np.ndarray, remote: np.ndarray) -> object:
+        return self._call(self._create, peer, local, remote)
+
+    def _create(self, peer: str, local: np.ndarray, remote: np.ndarray) -> object:
+        # Descriptors per request cost 8 us + 0.7 us each: less than prepared lists, whose fixed grid our slots lack.
+        descs = self._agent.get_xfer_descs
+        return self._agent.initialize_xfer("READ", descs(local, "DRAM"), descs(remote, "DRAM"), peer)
+
+    def post(self, transfer: object) -> bool:
+        return self._check(self._call(self._agent.transfer, transfer))
+
+    def ended(self, transfer: object) -> bool:
+        return self._check(self._call(self._agent.check_xfer_state, transfer))
+
+    @staticmethod
+    def _check(state: str) -> bool:
+        if state == "ERR":
+            raise FabricError("NIXL reports ERR without a reason")
+        return state == "DONE"
+
+    def release(self, transfer: object) -> None:
+        try:
+            self._call(self._agent.release_xfer_handle, transfer)
+        except FabricError as error:
+            logging.warning("a transfer could not be released: %s", error)
+
+    def progress(self) -> None:
+        self._call(self._agent.get_new_notifs)
+
+    def probe(self, peer: str, remote_address: int, length: int) -> object:
+        local = np.array([[self._scratch_base, length, 0]], np.uint64)
+        remote = np.array([[remote_address, length, 0]], np.uint64)
+        return self.create(peer, local, remote)
+
+
+class Link:
+    """The child's end of the socketpair: frames in, frames out, never blocking."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._decoder = FrameDecoder(wire.BODY_BYTES_MAX)
+        self._unsent = bytearray()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until something can be read (then True), the backlog can be sent, or the time is over."""
+        readable, _, _ = select.select([self._sock], [self._sock] if self._unsent else [], [], seconds)
+        return bool(readable)
+
+    def receive(self) -> list[Frame]:
+        """All frames that are here. The agent going away ends this process."""
+        try:
+            data = self._sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            os._exit(wire.EXIT_ORPHAN)
+        return list(self._decoder.feed(data))
+
+    def send(self, engine: Engine) -> None:
+        """Send what the engine has to say. Behind a full socket progress is dropped, as later words repeat it."""
+        while engine.out:
+            message, request_id = engine.out.popleft()
+            if not (self._unsent and isinstance(message, wire.ReadProgress)):
+                self._unsent += wire.CODEC.encode(message, request_id)
+        try:
+            while self._unsent:
+                del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            if len(self._unsent) > OUT_BYTES_MAX:
+                fail(wire.EXIT_PROTOCOL, "the agent does not read its answers")
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(wire.EXIT_ORPHAN)
+
+
+def fail(code: int, why: str) -> None:
+    """End the process without running destructors: UCX's may wait for peers."""
+    print(f"nixl child {os.getpid()}: {why}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def handle(engine: Engine, message: msgspec.Struct, request_id: int, now: float) -> None:
+    """Hand one command to the engine."""
+    match message:
+        case wire.Read():
+            engine.read(request_id, message, now)
+        case wire.Cancel():
+            engine.cancel(request_id, now)
+        case wire.Serve():
+            engine.serve(message.until_ns / 1e9, now)
+        case wire.AddPeer():
+            engine.add_peer(request_id, message, now)
+        case wire.RemovePeer():
+            engine.remove_peer(message.name, now)
+        case wire.Stats():
+            engine.out.append((engine.stats(), request_id))
+        case wire.Shutdown():
+            os._exit(os.EX_OK)
+        case _:
+            raise RemoteProtocolError("this message only travels from child to agent", type=type(message).__name__)
+
+
+def run(link: Link, engine: Engine, idle_s: float) -> None:
+    """Serve until the agent goes away.
+
+    The idle tick (10 per second, 20 us each) keeps UCX's own housekeeping alive, and lets a peer connect, slowly, whose
+    SERVE did not reach us."""
+    while True:
+        if link.wait(engine.wait_s(time.monotonic(), idle_s)):
+            for frame in link.receive():
+                handle(engine, wire.CODEC.decode(frame), frame.request_id, time.monotonic())
+        engine.step(time.monotonic())
+        link.send(engine)
+
+
+def bind_to_parent(parent_pid: int) -> None:
+    """Die with the agent, even if it is killed between two of our instructions."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)  # naps of 20 us, not of 20 + 50
+    if os.getppid() != parent_pid:
+        os._exit(wire.EXIT_ORPHAN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the agent decides
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # a core would contain the arena
+
+
+def map_arena(fd: int, arena_bytes: int) -> tuple[mmap.mmap, int]:
+    """Map the arena and fill in page tables where its pages exist already; returns the mapping and its address.
+
+    A page that the agent has written is not in *our* page table until it is touched, and a peer's copy would take a
+    fault per 4 KiB: half the speed. If the memfd has holes, filling tables would allocate them, so it is not done."""
+    status = os.fstat(fd)
+    if status.st_size < arena_bytes:
+        raise ValueError(f"the arena has {status.st_size} bytes, not {arena_bytes}")
+    arena = mmap.mmap(fd, arena_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    if status.st_blocks * 512 >= arena_bytes:
+        try:
+            for start in range(0, arena_bytes, POPULATE_STEP_BYTES):
+                arena.madvise(MADV_POPULATE_WRITE, start, min(POPULATE_STEP_BYTES, arena_bytes - start))
+        except OSError:
+            pass  # before Linux 5.14: faults it is
+    return arena, ctypes.addressof(ctypes.c_char.from_buffer(arena))
+
+
+def load_nixl() -> ModuleType:
+    """The NIXL build that is installed.
+
+    Raises:
+        ImportError: none is, or the one that is cannot be loaded."""
+    reasons = []
+    for package in PACKAGES:
+        try:
+            return importlib.import_module(package)
+        except ImportError as error:
+            reasons.append(f"{package}: {error}")
+    raise ImportError("; ".join(reasons))
+
+
+def start(options: argparse.Namespace, engine_out: Callable[[msgspec.Struct], None]) -> Engine:
+    """Everything that can fail on a host; what fails is reported to the agent, and the process ends."""
+    code = wire.FatalCode.NO_NIXL
+    try:
+        module = load_nixl()
+        logging.getLogger("nixl").setLevel(logging.WARNING)
+        version = importlib.import_module("importlib.metadata").version(module.__name__.replace("_", "-"))
+        code = wire.FatalCode.ARENA
+        arena, base = map_arena(options.arena_fd, options.arena_bytes)
+        code = wire.FatalCode.NO_BACKEND
+        fabric = NixlFabric(module, options.name, base, options.arena_bytes)
+    except Exception as error:  # whatever a vendor's library throws: it is reported, with its type, and ends us
+        engine_out(wire.Fatal(code, f"{type(error).__name__}: {error}"[:1000]))
+        fail(wire.EXIT_FATAL, f"{code.name}: {error}")
+        raise
+    globals()["_arena"] = arena  # mapped for as long as the process lives: peers have its address
+    engine = Engine(fabric, base, options.arena_bytes)
+    engine_out(wire.Ready(options.name, fabric.metadata, base, options.arena_bytes, module.__name__, version))
+    return engine
+
+
+def main() -> None:
+    """Parse the command line of :class:`~.nixl_process.NixlProcess`, start, run."""
+    parser = argparse.ArgumentParser(prog="nixl_worker")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--arena-fd", type=int, required=True)
+    parser.add_argument("--arena-bytes", type=int, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--idle-ms", type=float, default=100.0)
+    options = parser.parse_args()
+    bind_to_parent(options.parent_pid)
+    sock = socket.socket(fileno=os.dup(options.fd) if options.fd >= wire.CHILD_FD_LIMIT else options.fd)
+    sock.setblocking(True)
+    engine = start(options, lambda message: sock.sendall(wire.CODEC.encode(message)))
+    sock.setblocking(False)
+    gc.collect()
+    gc.freeze()
+    try:
+        run(Link(sock), engine, options.idle_ms / 1e3)
+    except P2PKVError as error:
+        fail(wire.EXIT_PROTOCOL, str(error))
+    except FabricError as error:
+        fail(wire.EXIT_FATAL, str(error))
+
+
+if __name__ == "__main__":
+    main()

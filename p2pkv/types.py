@@ -1,0 +1,153 @@
+"""The words everything else is built from: tiers, layouts, slots, endpoints.
+
+Values only: frozen, hashable, comparable; no I/O, no clocks, no other module of the project.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from typing import Final
+
+import msgspec
+
+BLOCK_HASH_BYTES_MIN: Final = 8
+BLOCK_HASH_BYTES_MAX: Final = 64
+"""Engines use 16 to 32 bytes; the bounds leave room without letting a peer send megabytes as a key."""
+
+BLOCK_BYTES_MAX: Final = 128 << 20
+CHECKSUM_BYTES: Final = 16
+"""xxh3_128 in canonical (big-endian) order, as ``xxhash.xxh3_128_digest`` gives it."""
+
+MASK64: Final = (1 << 64) - 1
+
+
+class Tier(enum.IntEnum):
+    """Where a block lies, ordered by what it costs to read. GONE is only ever an event, never a place."""
+
+    GONE = 0
+    HBM = 1
+    DRAM = 2
+    SSD = 3
+    SHARED = 4
+
+
+class Status(enum.IntEnum):
+    """What became of one block of a get, a put or a pull. Only OK means that bytes may be used."""
+
+    OK = 0
+    MISS = 1
+    REJECTED = 2  # bytes came and failed their checksum
+    TIMEOUT = 3
+    UNREACHABLE = 4
+    BUSY = 5
+    NO_SPACE = 6
+    EXISTS = 7
+    LOST = 8  # the agent or the connection went away with the job in flight
+    INVALID = 9
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What must be equal for the bytes of two blocks with the same hash to be interchangeable.
+
+    Two engines whose layouts differ in any field never see each other's blocks: the fingerprint of all fields is the
+    :attr:`namespace`. A field that an engine cannot fill must make its connector refuse, never be guessed.
+    """
+
+    model: str
+    revision: str
+    kv_dtype: str
+    block_tokens: int
+    block_bytes: int
+    rank: int = 0
+    world: int = 1
+    order: str = ""  # of layers, heads and tensors inside a block, e.g. "NHD/layer-major"
+    hash_algo: str = ""
+    hash_seed: str = ""
+    engine: str = ""
+    engine_format: str = ""
+    group: int = 0  # KV-cache group of a hybrid model
+    tenant: str = ""
+    lora: str = ""
+    cache_salt: str = ""
+
+    @property
+    def namespace(self) -> int:
+        """64-bit fingerprint of every field: what block hashes are qualified with, everywhere."""
+        digest = hashlib.blake2b(msgspec.msgpack.encode(msgspec.structs.astuple(self)), digest_size=8)
+        return int.from_bytes(digest.digest(), "little")
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """The fields that say *which* cache this is; the others say how its bytes are laid out."""
+        return tuple(getattr(self, name) for name in LAYOUT_IDENTITY)
+
+    def conflicts(self, other: Layout) -> tuple[str, ...]:
+        """Names of the layout fields that differ although both describe the same cache; empty when there is no conflict."""
+        if self.identity != other.identity:
+            return ()
+        return tuple(
+            name
+            for name in self.__struct_fields__
+            if name not in LAYOUT_IDENTITY and getattr(self, name) != getattr(other, name)
+        )
+
+    def problems(self) -> list[str]:
+        """What makes this layout unusable, in words; empty when it is fine."""
+        found = []
+        for name in ("model", "revision", "kv_dtype"):
+            if not getattr(self, name):
+                found.append(f"{name} is empty")
+        if not 1 <= self.block_tokens <= 1 << 20:
+            found.append(f"block_tokens is {self.block_tokens}, not within 1..1048576")
+        if not 1 <= self.block_bytes <= BLOCK_BYTES_MAX:
+            found.append(f"block_bytes is {self.block_bytes}, not within 1..{BLOCK_BYTES_MAX}")
+        if not 0 <= self.rank < self.world:
+            found.append(f"rank {self.rank} is not below world {self.world}")
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, str) and len(value) > 512:
+                found.append(f"{name} is longer than 512 characters")
+        return found
+
+
+LAYOUT_IDENTITY: Final = (
+    "model", "revision", "kv_dtype", "rank", "world", "engine", "group", "tenant", "lora", "cache_salt",
+)  # fmt: skip
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """A run of bytes in an arena or a region: offset and length, both in bytes."""
+
+    offset: int
+    length: int
+
+
+class NodeId(int):
+    """A node's 64-bit identity; prints as 16 hexadecimal digits."""
+
+    def __str__(self) -> str:
+        return f"{int(self):016x}"
+
+
+def index_hash(block_hash: bytes | memoryview) -> int:
+    """First 8 bytes of an engine's block hash as a little-endian integer: the hash that the index keeps."""
+    return int.from_bytes(block_hash[:8], "little")
+
+
+def mix64(x: int) -> int:
+    """Finalizer of splitmix64 (Steele, Lea, Flood 2014): a bijection on 64 bits that spreads every input bit."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def namespace_salt(namespace: int) -> int:
+    """What a namespace's index hashes are XORed with, so that one index serves every namespace."""
+    return mix64(namespace)
+
+
+def index_key(namespace: int, block_hash: bytes | memoryview) -> int:
+    """The key of a block in the prefix index and on the wire: its index hash, qualified by its namespace."""
+    return index_hash(block_hash) ^ namespace_salt(namespace)

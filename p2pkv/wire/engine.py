@@ -1,0 +1,222 @@
+"""What an engine's client and its local agent say over the Unix socket. Payload bytes never travel through it.
+
+Descriptors ride beside frames as SCM_RIGHTS ancillary data: the agent's arena (read-only) beside READY, and a region
+beside MAP_REGION. Every request has a non-zero request id and gets exactly one answer: the message named in its
+docstring, or ERROR.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from p2pkv.types import Extent, Layout
+from p2pkv.wire.frame import Codec
+from p2pkv.wire.peer import KEYS_MAX, U32, U64, Hashes, Name
+
+REGIONS_MAX: Final = 64
+Slots = Annotated[list[U32], Meta(max_length=KEYS_MAX)]
+PerKey = Annotated[bytes, Meta(max_length=KEYS_MAX)]
+
+
+class EngineType(enum.IntEnum):
+    """Message types between engine client and agent."""
+
+    ATTACH = 64
+    READY = 65
+    OPEN = 66
+    OPENED = 67
+    MAP_REGION = 68
+    UNMAP_REGION = 69
+    STORE = 70
+    LOAD = 71
+    DONE = 72
+    GET = 73
+    GOT = 74
+    RELEASE = 75
+    MATCH = 76
+    MATCHED = 77
+    OK = 78
+    ERROR = 95
+
+
+class Source(enum.IntEnum):
+    """Where the bytes of one block came from."""
+
+    NONE = 0
+    LOCAL = 1
+    PEER = 2
+
+
+class Attach(msgspec.Struct, frozen=True, array_like=True):
+    """First request of a connection -> READY."""
+
+    protocol_min: U32
+    protocol_max: U32
+    name: Name
+    pid: U32
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True):
+    """Who the agent is; its arena's descriptor comes along, read-only."""
+
+    protocol: U32
+    node: U64
+    epoch: U32
+    arena_bytes: U64
+    lease_ttl_ms: U32
+
+
+class Open(msgspec.Struct, frozen=True, array_like=True):
+    """Use this layout's namespace on this connection -> OPENED, or ERROR "layout" naming the fields."""
+
+    layout: Layout
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True):
+    """The namespace to name in later requests."""
+
+    namespace: U64
+
+
+class MapRegion(msgspec.Struct, frozen=True, array_like=True):
+    """Shared memory of the engine, by descriptor: ``slots`` slots of ``slot_bytes`` bytes each from ``offset`` on -> OK."""
+
+    region: U32
+    offset: U64
+    slot_bytes: U64
+    slots: U32
+
+
+class UnmapRegion(msgspec.Struct, frozen=True, array_like=True):
+    """Forget a region -> OK once nothing reads or writes it any more."""
+
+    region: U32
+
+
+class Store(msgspec.Struct, frozen=True, array_like=True):
+    """Copy these slots of a region into the agent's store within the deadline -> DONE.
+
+    The slots must not change until then, or until the engine has closed the connection: the agent publishes nothing
+    that it finished copying after that.
+    """
+
+    namespace: U64
+    keys: Hashes
+    region: U32
+    slots: Slots
+    deadline_ms: U32
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """Write these blocks into slots of a region, from here or from peers, within the deadline -> DONE."""
+
+    namespace: U64
+    keys: Hashes
+    region: U32
+    slots: Slots
+    deadline_ms: U32
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True):
+    """Per key: a :class:`~p2pkv.types.Status` and a :class:`Source`; and how many bytes each kind of source gave."""
+
+    statuses: PerKey
+    sources: PerKey
+    bytes_local: U64
+    bytes_peer: U64
+
+
+class Get(msgspec.Struct, frozen=True, array_like=True):
+    """Hold these blocks in the arena, pulled from peers if need be, within the deadline -> one or more GOT."""
+
+    namespace: U64
+    keys: Hashes
+    deadline_ms: U32
+
+
+class Got(msgspec.Struct, frozen=True, array_like=True):
+    """Part of the answer to GET: blocks that can be read in the arena, or have failed; ``more`` parts follow unless False.
+
+    ``indices`` says which of the asked keys the lists are about. The extents are held under ``lease`` for ``ttl_ms``
+    from when the agent answered; misses have length 0; lease 0 = nothing is held.
+    """
+
+    lease: U64
+    ttl_ms: U32
+    indices: Slots
+    statuses: PerKey
+    sources: PerKey
+    extents: Annotated[list[Extent], Meta(max_length=KEYS_MAX)]
+    more: bool
+
+
+class ReleaseLease(msgspec.Struct, frozen=True, array_like=True):
+    """The client is done with a GOT. Not answered."""
+
+    lease: U64
+
+
+class MatchKeys(msgspec.Struct, frozen=True, array_like=True):
+    """Who holds these blocks, by the local index alone -> MATCHED."""
+
+    namespace: U64
+    keys: Hashes
+    detail: bool
+
+
+class NodeMatch(msgspec.Struct, frozen=True, array_like=True):
+    """How much of the chain one node holds, in blocks: any tier, then per tier (HBM, DRAM, SSD, SHARED)."""
+
+    node: U64
+    depth: U32
+    depth_hbm: U32
+    depth_dram: U32
+    depth_ssd: U32
+    depth_shared: U32
+
+
+class Matched(msgspec.Struct, frozen=True, array_like=True):
+    """Per key a :class:`Source` (NONE, LOCAL, PEER); the longest prefix here and anywhere, in blocks; per node when asked for."""
+
+    present: PerKey
+    local: U32
+    anywhere: U32
+    nodes: Annotated[list[NodeMatch], Meta(max_length=65_536)]
+
+
+class Ok(msgspec.Struct, frozen=True, array_like=True):
+    """Done, nothing to say."""
+
+
+class EngineError(msgspec.Struct, frozen=True, array_like=True):
+    """Why a request was refused. ``code``: "layout", "invalid", "busy", "protocol", "draining"."""
+
+    code: Name
+    message: Annotated[str, Meta(max_length=1024)]
+    fields: Annotated[list[Name], Meta(max_length=32)] = []
+
+
+CODEC: Final = Codec(
+    {
+        EngineType.ATTACH: Attach,
+        EngineType.READY: Ready,
+        EngineType.OPEN: Open,
+        EngineType.OPENED: Opened,
+        EngineType.MAP_REGION: MapRegion,
+        EngineType.UNMAP_REGION: UnmapRegion,
+        EngineType.STORE: Store,
+        EngineType.LOAD: Load,
+        EngineType.DONE: Done,
+        EngineType.GET: Get,
+        EngineType.GOT: Got,
+        EngineType.RELEASE: ReleaseLease,
+        EngineType.MATCH: MatchKeys,
+        EngineType.MATCHED: Matched,
+        EngineType.OK: Ok,
+        EngineType.ERROR: EngineError,
+    }
+)
