@@ -25,6 +25,13 @@ def run_now(work: int, items: Sequence[tuple[int, int, int]], deadline_s: float 
     Nothing is written once ``deadline_s`` from now has passed (looked at every 256 KiB); negative = no deadline.
     """
 
+class Hasher:
+    """xxh3_128 taken piece by piece from the arena's memory, without the GIL. Not thread-safe."""
+
+    def __init__(self) -> None: ...
+    def update(self, address: int, length: int) -> None: ...
+    def digest(self) -> bytes: ...
+
 class Workers:
     """Threads that copy and hash. ``fd`` becomes readable when :meth:`drain` has something."""
 

@@ -67,7 +67,7 @@ class Store(Section, frozen=True):
     """The host-memory tier."""
 
     capacity: str = "25%"  # of memory available at start, or a size. The arena is this one memfd
-    extent: str = "128MiB"  # unit in which memory moves between layouts; >= the largest block. Shrunk for small arenas
+    extent: str = "auto"  # unit in which memory moves between layouts; auto: for the capacity, 2 MiB to 64 MiB
     huge_pages: Literal["auto", "huge", "thp", "none"] = (
         "auto"  # fewer TLB misses and page faults; "huge" needs reserved pages
     )
@@ -344,7 +344,7 @@ def _check_values(config: Config) -> None:
     within("engine.in_flight_max", config.engine.in_flight_max, 1, 65_536)
     within("engine.regions_max", config.engine.regions_max, 1, 1_024)
     for key, text in (
-        ("store.extent", config.store.extent),
+        *([] if config.store.extent == "auto" else [("store.extent", config.store.extent)]),
         ("transport.stream_bytes", config.transport.stream_bytes),
         ("peer.send_queue", config.peer.send_queue),
     ):

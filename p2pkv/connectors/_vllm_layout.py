@@ -111,9 +111,7 @@ def layouts_of(
             block_tokens=group.tokens_per_block * config.cache.blocks_per_chunk, group=group.group_id, **common
         )
         if problems := layout.problems():
-            raise ConfigError(
-                "this engine's KV cache cannot be shared: " + "; ".join(problems), group=group.group_id
-            )
+            raise ConfigError("this engine's KV cache cannot be shared: " + "; ".join(problems), group=group.group_id)
         layouts[group.group_id] = layout
     return layouts
 
@@ -167,7 +165,9 @@ def weights_fingerprint(path: Path) -> str:
         files = [path]
     if not files:
         raise ConfigError(
-            f"no weights in {path}", hint='Set "revision" in the tier\'s options to name them.', suffixes=WEIGHT_SUFFIXES
+            f"no weights in {path}",
+            hint='Set "revision" in the tier\'s options to name them.',
+            suffixes=WEIGHT_SUFFIXES,
         )
     for file in files:
         size = file.stat().st_size
@@ -198,7 +198,7 @@ def hash_identity(vllm_config: VllmConfig) -> tuple[str, str]:
 
 
 def _order(spec: OffloadingSpec) -> str:
-    """How bytes lie inside a block: tensor layout, slices of the workers, layers, and what chose the kernels' format."""
+    """How bytes lie inside a block: tensor layout, slices of the workers, layers, and the kernels' own packing."""
     config, parallel = spec.config, spec.config.parallel
     family = "canonical" if config.canonical_layout else "replicated" if spec.replicated_layout else "direct"
     device = _known(current_platform.device_type, "the platform")

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 
 class Answer(enum.Enum):
@@ -28,6 +29,12 @@ class Answer(enum.Enum):
     @property
     def is_hit(self) -> bool:
         return self in (Answer.LOCAL, Answer.PEER)
+
+
+class _Question(NamedTuple):
+    request_id: str
+    keys: tuple[bytes, ...]
+    asked_at: float
 
 
 class _Request:
@@ -54,7 +61,7 @@ class LookupTable:
         self._requests_max = requests_max
         self._questions_max = questions_max
         self._requests: OrderedDict[str, _Request] = OrderedDict()
-        self._questions: OrderedDict[int, tuple[str, tuple[bytes, ...]]] = OrderedDict()
+        self._questions: OrderedDict[int, _Question] = OrderedDict()
         self.timeouts = 0  # keys that became a miss by rule 2; the caller takes and clears it
 
     def check(self, request_id: str, key: bytes, now: float) -> Answer:
@@ -76,7 +83,7 @@ class LookupTable:
         self.timeouts += self._resolve(request, late, Answer.MISS)
         return Answer.MISS
 
-    def to_ask(self, request_id: str, key: bytes, positions: dict[bytes, int], group_of: int) -> list[bytes]:
+    def to_ask(self, request_id: str, key: bytes, positions: Mapping[bytes, int], group: int) -> list[bytes]:
         """The keys to put into one question when ``key`` is unknown: it and what will be looked up after it.
 
         A group with full attention is scanned forward from the first block that the engine lacks, so only later
@@ -85,21 +92,21 @@ class LookupTable:
 
         Args:
             positions: end token of each key of the request and group, as far as the engine tells; may lack ``key``.
-            group_of: the KV-cache group that ``key`` and ``positions`` belong to.
+            group: the KV-cache group that ``key`` and ``positions`` belong to.
         """
         request = self._request(request_id)
         start = positions.get(key)
         if start is None:
             return [key]
-        everything = group_of in request.asked_below
-        request.asked_below.add(group_of)
+        everything = group in request.asked_below
+        request.asked_below.add(group)
         skip = request.answers.keys() | request.deadlines.keys() | request.failed
         return [k for k, position in positions.items() if (everything or position >= start) and k not in skip]
 
     def asked(self, request_id: str, keys: Iterable[bytes], question: int, now: float) -> None:
         """A question for ``keys`` is on its way as number ``question``."""
         keys = tuple(keys)
-        self._questions[question] = (request_id, keys)
+        self._questions[question] = _Question(request_id, keys, now)
         if len(self._questions) > self._questions_max:
             self._questions.popitem(last=False)
         deadlines = self._request(request_id).deadlines
@@ -110,31 +117,31 @@ class LookupTable:
         """The question could not be sent: misses, until the request is scheduled or ends."""
         self._resolve(self._request(request_id), keys, Answer.MISS)
 
-    def answered(self, question: int, sources: Sequence[str | None]) -> int:
+    def answered(self, question: int, sources: Sequence[str | None], now: float) -> float | None:
         """The agent answered: per key of the question ``"local"``, ``"peer"`` or None for nobody.
 
         Returns:
-            How many of the request's keys this settled; 0 when the answer came too late or the request is gone.
+            How long the answer took, in seconds; None if nobody waits for it any more.
         """
-        request_id, keys = self._questions.pop(question, ("", ()))
-        request = self._requests.get(request_id)
-        if request is None:
-            return 0
-        settled = 0
-        for key, source in zip(keys, sources, strict=True):
+        asked = self._questions.pop(question, None)
+        request = self._requests.get(asked.request_id) if asked is not None else None
+        if asked is None or request is None:
+            return None
+        awaited = False
+        for key, source in zip(asked.keys, sources, strict=True):
             # A key that is not awaited any more was settled by its deadline (rule 2).
             if request.deadlines.pop(key, None) is not None:
                 request.answers[key] = Answer(source) if source is not None else Answer.MISS
-                settled += 1
-        return settled
+                awaited = True
+        return now - asked.asked_at if awaited else None
 
     def lost(self, question: int) -> int:
         """The agent went away with the question: its keys are misses. Returns how many."""
-        request_id, keys = self._questions.pop(question, ("", ()))
-        request = self._requests.get(request_id)
-        if request is None:
+        asked = self._questions.pop(question, None)
+        request = self._requests.get(asked.request_id) if asked is not None else None
+        if asked is None or request is None:
             return 0
-        return self._resolve(request, [key for key in keys if key in request.deadlines], Answer.MISS)
+        return self._resolve(request, [key for key in asked.keys if key in request.deadlines], Answer.MISS)
 
     def load_failed(self, request_id: str, keys: Iterable[bytes]) -> None:
         """Loading ``keys`` for this request failed: rule 3."""

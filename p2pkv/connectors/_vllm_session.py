@@ -1,4 +1,4 @@
-"""The tier's connection to its agent: caches opened, the primary region handed over; retried off the scheduler's thread.
+"""The tier's session with its agent: caches opened, the region handed over; retried off the scheduler's thread.
 
 The protocols below are all that the connector uses of :mod:`p2pkv.client`, and what its tests fake.
 """
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, Protocol
 
-from p2pkv.errors import LayoutMismatch, P2PKVError, Unavailable
+from p2pkv.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch, P2PKVError, Unavailable
 from p2pkv.types import Layout
 
 logger = logging.getLogger("vllm.p2pkv")
@@ -43,7 +43,7 @@ class JobUpdate(Protocol):
 class CacheHandle(Protocol):
     """One layout's cache. The submitting calls return at once with a job number, or raise ``Unavailable``/``Busy``."""
 
-    def map_region(self, fd: int, size_bytes: int, slot_bytes: int) -> Any: ...
+    def map_region(self, fd: int, *, slots: int, slot_bytes: int) -> Any: ...
     def submit_match(self, keys: Sequence[bytes]) -> int: ...
     def store(self, keys: Sequence[bytes], region: Any, slots: Sequence[int]) -> int: ...
     def load(self, keys: Sequence[bytes], region: Any, slots: Sequence[int], *, deadline_ms: int) -> int: ...
@@ -76,15 +76,16 @@ class SessionKeeper:
     Args:
         client: owned by the caller.
         region_fd: descriptor of the engine's shared memory; stays the caller's.
-        region_bytes: its size.
-        slot_bytes: bytes of one slot in it.
+        slots: slots in it.
+        slot_bytes: bytes of one slot.
     """
 
-    def __init__(self, client: Client, *, region_fd: int, region_bytes: int, slot_bytes: int) -> None:
+    def __init__(self, client: Client, *, region_fd: int, slots: int, slot_bytes: int) -> None:
         self._client = client
         self._fd = os.dup(region_fd)
-        self._region_bytes = region_bytes
+        self._slots = slots
         self._slot_bytes = slot_bytes
+        self._region: Any = None  # handed over once; the client repeats it to an agent that restarted
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.current: Session | None = None
@@ -93,11 +94,11 @@ class SessionKeeper:
         """First attempt, in the caller's thread (blocks for at most the client's own deadline).
 
         Raises:
-            LayoutMismatch: the agent knows this model under a layout that conflicts. Fix the configuration.
+            LayoutMismatch, InvalidArgument: the agent can never serve this engine as it is configured.
         """
         try:
             self.current = self._open(layouts)
-        except Unavailable as error:
+        except (Unavailable, DeadlineExceeded) as error:
             logger.warning("p2pkv: no agent yet, starting without it: %s", error)
             self.restart(layouts)
 
@@ -121,18 +122,19 @@ class SessionKeeper:
 
     def _open(self, layouts: Mapping[int, Layout]) -> Session:
         caches = {group: self._client.open(layout) for group, layout in layouts.items()}
-        first = next(iter(caches.values()))
-        region = first.map_region(self._fd, self._region_bytes, self._slot_bytes)
-        return Session(caches, region)
+        if self._region is None:
+            first = next(iter(caches.values()))
+            self._region = first.map_region(self._fd, slots=self._slots, slot_bytes=self._slot_bytes)
+        return Session(caches, self._region)
 
     def _keep_trying(self, layouts: dict[int, Layout], stop: threading.Event) -> None:
         delay = RETRY_S_MIN
         while not stop.is_set():
             try:
                 session = self._open(layouts)
-            except Unavailable:
+            except (Unavailable, DeadlineExceeded):
                 pass
-            except LayoutMismatch as error:
+            except (LayoutMismatch, InvalidArgument) as error:
                 logger.error("p2pkv: the agent refuses this engine, its KV cache is not shared: %s", error)
                 return
             except P2PKVError as error:

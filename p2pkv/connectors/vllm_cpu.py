@@ -1,11 +1,12 @@
 """vLLM's tiered KV offloading on the CPU platform, for laptops, tests and CI.
 
-vLLM's own offloading specs move blocks with CUDA streams and refuse every other platform. :class:`CpuTieringOffloadingSpec`
-replaces only the worker: the "GPU" blocks already lie in host memory, so a thread copies them to and from the shared
-offload region. Manager, tiers, region and metrics are vLLM's. Used by name::
+vLLM's own offloading specs move blocks with CUDA streams and refuse every other platform. The spec here,
+:class:`CpuTieringOffloadingSpec`, replaces only the worker: the "GPU" blocks already lie in host memory, so a thread
+copies them to and from the shared offload region. Manager, tiers, region and metrics are vLLM's. Used by name::
 
     "kv_connector": "OffloadingConnector",
-    "kv_connector_extra_config": {"spec_name": "CpuTieringOffloadingSpec", "spec_module_path": "p2pkv.connectors.vllm_cpu", ...}
+    "kv_connector_extra_config": {
+        "spec_name": "CpuTieringOffloadingSpec", "spec_module_path": "p2pkv.connectors.vllm_cpu", ...}
 
 Runs in vLLM's worker process (the spec also in the scheduler's); knows nothing of p2pkv's client or agent.
 """
@@ -37,6 +38,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 logger = init_logger("vllm.p2pkv.cpu")
 
 Ids = npt.NDArray[np.int32]
+Bytes = npt.NDArray[np.int8]
 
 
 class Placement(NamedTuple):
@@ -86,10 +88,10 @@ def placements(engine: GPULoadStoreSpec, chunk_ids: Ids, blocks_per_chunk: int) 
         raise ValueError(f"{len(chunk_ids)} chunks for groups that fill {chunk_at}")
 
 
-class CpuOffloadingWorker(OffloadingWorker):
+class CpuOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
     """Copies blocks between the engine's KV cache and the offload region on one thread, in order of submission.
 
-    The order matters: a load may follow a store of the same chunk. Torch releases the interpreter lock while it copies,
+    The order matters: a load may follow a store of the same chunk. Numpy releases the interpreter lock while it copies,
     so the model runs on. Owns ``region`` and closes it in :meth:`shutdown`. All methods are for the engine's thread.
     """
 
@@ -97,16 +99,18 @@ class CpuOffloadingWorker(OffloadingWorker):
         self._region = region
         self._blocks_per_chunk = blocks_per_chunk
         self._refs = kv_caches.group_data_refs
-        self._engine: list[torch.Tensor] = []  # per tensor: (blocks, page bytes)
-        self._host: list[torch.Tensor] = []  # per tensor: (chunks, blocks per chunk, page bytes)
+        # Views as numpy arrays: copying torch tensors would start a second team of OpenMP threads on this thread, which
+        # spins against the model's.
+        self._engine: list[Bytes] = []  # per tensor: (blocks, page bytes)
+        self._host: list[Bytes] = []  # per tensor: (chunks, blocks per chunk, page bytes)
         for cache in kv_caches.tensors:
             page = cache.page_size_bytes
             if cache.tensor.device.type != "cpu":
-                raise ValueError(f"CpuOffloadingWorker got a KV cache on {cache.tensor.device}; use vLLM's own spec there")
+                raise ValueError(f"this KV cache is on {cache.tensor.device}: use vLLM's own spec there")
             # view() refuses where it would have to copy; a copy would be filled and thrown away.
-            self._engine.append(cache.tensor.view(torch.int8).view(cache.tensor.shape[0], -1))
+            self._engine.append(cache.tensor.view(torch.int8).view(cache.tensor.shape[0], -1).numpy())
             rows = region.create_next_worker_view(page * blocks_per_chunk)
-            self._host.append(rows.unflatten(1, (blocks_per_chunk, page)))
+            self._host.append(rows.unflatten(1, (blocks_per_chunk, page)).numpy())
         self._jobs: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._open: set[int] = set()  # guarded by _changed, as are the results
@@ -172,15 +176,17 @@ class CpuOffloadingWorker(OffloadingWorker):
                 for block, chunk, sub in group:
                     inside, outside = engine[block, :size], host[chunk, sub, :size]
                     if job.is_store:
-                        outside.copy_(inside)
+                        np.copyto(outside, inside)
                     else:
-                        inside.copy_(outside)
+                        np.copyto(inside, outside)
                 copied_bytes += size * len(group)
         return copied_bytes
 
 
-class CpuTieringOffloadingSpec(TieringOffloadingSpec):
+class CpuTieringOffloadingSpec(TieringOffloadingSpec):  # type: ignore[misc]
     """vLLM's ``TieringOffloadingSpec`` (same options) with a worker for the CPU platform."""
+
+    _worker: OffloadingWorker | None
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """The worker of this rank; made on the first call.
@@ -188,7 +194,8 @@ class CpuTieringOffloadingSpec(TieringOffloadingSpec):
         Raises:
             ValueError: the offload region would hold no chunk, or a layout was asked for that needs vLLM's own worker.
         """
-        if self._worker is None:
+        worker = self._worker
+        if worker is None:
             if self.config.canonical_layout:
                 raise ValueError("canonical_layout needs vLLM's own worker: leave it out on the CPU platform")
             if self.num_chunks < 1:
@@ -204,8 +211,8 @@ class CpuTieringOffloadingSpec(TieringOffloadingSpec):
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
             try:
-                self._worker = CpuOffloadingWorker(kv_caches, self.blocks_per_chunk, region)
+                self._worker = worker = CpuOffloadingWorker(kv_caches, self.blocks_per_chunk, region)
             except Exception:
                 region.cleanup()
                 raise
-        return self._worker
+        return worker

@@ -7,10 +7,11 @@ off exponentially with jitter; a seed is never given up, an address from hearsay
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from p2pkv.gossip.membership import WILDCARDS
 from p2pkv.wire.peer import Address
 
 BACKOFF_FIRST_S: Final = 0.05
@@ -75,7 +76,7 @@ class DialBook:
             return None
         target = self._targets.get(address)
         if target is None:
-            if not address.host or not address.port or len(self._targets) >= self._targets_max:
+            if address.host in WILDCARDS or not address.port or len(self._targets) >= self._targets_max:
                 return None
             target = Target(address=address, added=now, next_at=now)
             self._targets[address] = target
@@ -85,12 +86,17 @@ class DialBook:
             target.next_at = min(target.next_at, now)
         return target
 
-    def due(self, now: float) -> list[Target]:
-        """Targets to dial now, the longest waiting first; forgets hearsay that never answered."""
+    def due(self, now: float, connected: Callable[[int], bool]) -> list[Target]:
+        """Targets to dial now, the longest waiting first; forgets hearsay that never answered.
+
+        A target whose node is ``connected`` rests.
+        """
         room = DIALS_MAX - len(self._by_conn)
         found = []
         for target in list(self._targets.values()):
             if target.conn is not None or target.next_at > now:
+                continue
+            if target.node is not None and connected(target.node):
                 continue
             if not target.sources and target.failures and now - target.added > self._purge_s:
                 del self._targets[target.address]
@@ -105,7 +111,7 @@ class DialBook:
         self._by_conn[conn] = target
 
     def answered(self, now: float, conn: int, node: int) -> None:
-        """WELCOME came: ``node`` is there. The target rests while that node is connected (the caller checks)."""
+        """WELCOME came: ``node`` is there."""
         if target := self._by_conn.pop(conn, None):
             target.conn, target.node, target.failures, target.added = None, node, 0, now
 
@@ -130,17 +136,19 @@ class DialBook:
         self._own[target.address] = now + OWN_ADDRESS_S
         return target.address
 
-    def rest(self, now: float, node: int) -> None:
-        """A connection to ``node`` was lost: whatever led to it may be tried again, at once."""
+    def lost(self, now: float, node: int, *, wait_s: float = BACKOFF_FIRST_S) -> None:
+        """The connection to ``node`` is gone: whatever led to it may be tried again after about ``wait_s``."""
         for target in self._targets.values():
             if target.node == node:
                 target.node, target.failures, target.added = None, 0, now
-                target.next_at = now + BACKOFF_FIRST_S * self._rng.uniform(0.5, 1.0)
+                target.next_at = now + wait_s * self._rng.uniform(0.5, 1.0)
 
-    def drop(self, node: int) -> None:
-        """``node`` has gone for good: forget the addresses that only hearsay names."""
+    def drop(self, node: int, address: Address) -> None:
+        """``node`` has gone for good: forget its addresses, except those that a discovery source names."""
         for target in list(self._targets.values()):
-            if target.node == node and target.conn is None:
+            if target.node == node:
                 target.node = None
-                if not target.sources:
-                    del self._targets[target.address]
+            elif target.address != address:
+                continue
+            if target.conn is None and not target.sources:
+                del self._targets[target.address]

@@ -102,7 +102,7 @@ class PeerLink:
         """
         answer_type = ANSWERS.get(type(message))
         if answer_type is None or not self.dialed:
-            raise LocalProtocolError("not a request that this side may send", message=type(message).__name__)
+            raise LocalProtocolError("not a request that this side may send", request=type(message).__name__)
         if len(self._waiting) >= IN_FLIGHT_MAX:
             raise Busy("too many requests in flight to one peer", node=self.node_id, limit=IN_FLIGHT_MAX)
         request_id = self._take_id()
@@ -195,7 +195,7 @@ def refusal(error: PeerError, node: NodeId) -> P2PKVError:
 
 
 def peer_error(error: P2PKVError) -> PeerError:
-    """What a peer is told of an error that its request ran into: no context, which may name what is not its business."""
+    """What a peer is told of an error that its request ran into: not the context, which is not its business."""
     match error:
         case LayoutMismatch():
             return PeerError("layout", error.message[:1024], list(error.fields)[:32])

@@ -18,9 +18,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from p2pkv.types import NodeId
 from p2pkv.wire.peer import Address, Card, Member
 
+WILDCARDS: Final = frozenset({"", "*", "0.0.0.0", "::"})
+"""Hosts that say "any of my addresses": the receiver takes the one that it sees."""
 OWN_SLOT: Final = 0
 """The local node's slot in the index."""
 
@@ -138,15 +142,12 @@ class MemberTable:
         return self._nodes_by_slot.get(slot)
 
     def connected_members(self) -> list[Member]:
-        """What is told to others: the members that a connection proves, the own address first."""
-        own = self.own
-        members = [Member(own.node, own.epoch, own.address)]
-        members += [
+        """What is told to others: the members that a connection proves."""
+        return [
             Member(row.card.node, row.card.epoch, row.card.address)
             for row in self.rows.values()
             if row.connected and row.state is not State.LEFT
         ]
-        return members
 
     def left(self, node: int, epoch: int) -> bool:
         """Whether that life of a node has said goodbye."""
@@ -175,10 +176,6 @@ def _life(card: Card) -> tuple[int, int]:
 
 def observed(card: Card, host: str) -> Card:
     """The card with the host that its connection came from, where it names none that could be dialed."""
-    if card.address.host not in ("", "0.0.0.0", "::", "*"):
+    if card.address.host not in WILDCARDS:
         return card
-    address = Address(host, card.address.port)
-    return Card(
-        node=card.node, epoch=card.epoch, address=address, http=card.http, host_id=card.host_id,
-        layouts=card.layouts, transports=card.transports, instance=card.instance,
-    )  # fmt: skip
+    return msgspec.structs.replace(card, address=Address(host, card.address.port))

@@ -1,7 +1,8 @@
 """The C++ core. Use :mod:`p2pkv.index.prefix` and :mod:`p2pkv.index.hashing`, which give types and errors to this.
 
-Keys are packed u64, little-endian, in anything contiguous with the buffer protocol (bytes, array("Q"), numpy uint64, ...),
-aligned or not, borrowed for the length of the call. The GIL is released while the index works. Answers are ``bytes``.
+Keys are packed u64, little-endian, in anything contiguous with the buffer protocol (bytes, array("Q"), numpy
+uint64, ...), aligned or not, borrowed for the length of the call. The GIL is released while the index works. Answers
+are ``bytes``.
 
 Errors: ``ValueError`` for what can never be right, ``TypeError`` for what is no buffer, ``IndexFull``, ``MemoryError``.
 """

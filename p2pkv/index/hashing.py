@@ -12,7 +12,8 @@ Pure. ``cbor2`` and ``xxhash`` are imported only when a recipe needs them.
 from __future__ import annotations
 
 import hashlib
-import pickle  # noqa: S403  dumps only, never loads: vLLM defines its default recipe over the pickled bytes
+import itertools
+import pickle  # dumps only, never loads: vLLM defines its default recipe over the pickled bytes
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
-    "VLLM_ALGORITHMS", "VLLM_DEFAULT_SEED", "LoraAdapter", "MultiModalSpan", "VllmHasher", "coarser", "entries_checksum",
-    "entry_checksum", "index_hash", "index_key", "index_keys", "mix64", "namespace_salt", "pack_keys", "unpack_keys",
-    "vllm_event_hash",
+    "VLLM_ALGORITHMS", "VLLM_DEFAULT_SEED", "LoraAdapter", "MultiModalSpan", "VllmHasher", "coarser",
+    "entries_checksum", "entry_checksum", "index_hash", "index_key", "index_keys", "mix64", "namespace_salt",
+    "pack_keys", "unpack_keys", "vllm_event_hash",
 ]  # fmt: skip
 
 KEY_BYTES: Final = 8
@@ -35,7 +36,7 @@ KEY_BYTES: Final = 8
 VLLM_ALGORITHMS: Final = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 
 VLLM_DEFAULT_SEED: Final = "vllm-none-hash"
-"""vLLM's seed for the sha256 recipes when PYTHONHASHSEED is unset. The xxhash ones then get a random seed per process."""
+"""vLLM's seed for the sha256 recipes when PYTHONHASHSEED is unset. The xxhash ones get a random one per process."""
 
 _PICKLE_PROTOCOL: Final = 5
 """vLLM asks for HIGHEST_PROTOCOL, which is 5 on every Python it runs on."""
@@ -155,8 +156,8 @@ def _recipe(algorithm: str) -> Callable[[object], bytes]:
 def _fresh(text: str) -> str:
     """An equal string that is nobody else's object.
 
-    Pickle writes the second occurrence of the *same object* as a reference. In vLLM the strings of a request come out of
-    a decoder, each an object of its own; here a caller may well pass one literal twice, and would get another hash.
+    Pickle writes the second occurrence of the *same object* as a reference. In vLLM the strings of a request come
+    out of a decoder, each an object of its own; here a caller may pass one literal twice, and would get another hash.
     """
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")
 
@@ -185,7 +186,7 @@ class VllmHasher:
         if seed is None and algorithm.startswith("xxhash"):
             raise InvalidArgument(
                 "this hash algorithm has no default seed", algorithm=algorithm,
-                hint="vLLM draws a random seed per process then: set PYTHONHASHSEED to one value on every engine and here.",
+                hint="vLLM draws one per process then: set PYTHONHASHSEED to one value on every engine, and here.",
             )  # fmt: skip
         self.algorithm = algorithm
         self.seed = VLLM_DEFAULT_SEED if seed is None else seed
@@ -214,7 +215,7 @@ class VllmHasher:
         """
         if block_tokens < 1:
             raise InvalidArgument("block_tokens must be at least 1", block_tokens=block_tokens)
-        if any(a.offset + a.length > b.offset for a, b in zip(mm, mm[1:], strict=False)):
+        if any(a.offset + a.length > b.offset for a, b in itertools.pairwise(mm)):
             raise InvalidArgument("multimodal spans must ascend by offset and not overlap")
         ids = _token_list(tokens)
         parent = self.none_hash
@@ -237,7 +238,10 @@ class VllmHasher:
 
 
 def coarser(hashes: Sequence[bytes], blocks_per_chunk: int) -> list[bytes]:
-    """Hashes of chunks of several hashed blocks: a chained hash covers all before it, so a chunk's is its last block's."""
+    """Hashes of chunks of several hashed blocks.
+
+    A chained hash covers all before it, so a chunk's is that of its last block. An unfinished chunk has none.
+    """
     if blocks_per_chunk < 1:
         raise InvalidArgument("blocks_per_chunk must be at least 1", blocks_per_chunk=blocks_per_chunk)
     return list(hashes[blocks_per_chunk - 1 :: blocks_per_chunk])

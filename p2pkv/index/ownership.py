@@ -2,13 +2,13 @@
 
 An owner's log is a sequence of deltas over a set of (key, tier) entries. One writer, so no merging:
 
-1. At the start of an epoch the set is empty and seq is 0. Every delta that is not empty raises seq by one and carries the
-   checksum of the set after it. A key occurs once in a delta.
+1. At the start of an epoch the set is empty and seq is 0. Every delta that is not empty raises seq by one and carries
+   the checksum of the set after it. A key occurs once in a delta.
 2. An empty delta repeats seq and checksum: the heartbeat, by which a reader learns that it missed something.
 3. A reader applies delta seq + 1 and no other. It is *synced* while its checksum equals the owner's; then its view of
    the owner at (epoch, seq) is the owner's own set at that point (invariant 2 of the design).
-4. A gap that does not close by itself, or a wrong checksum, makes the reader ask for a snapshot (RESYNC). Until it has one, it
-   keeps what it knows as a hint and holds later deltas back.
+4. A gap that does not close by itself, or a wrong checksum, makes the reader ask for a snapshot (RESYNC). Until it has
+   one, it keeps what it knows as a hint and holds later deltas back.
 5. A snapshot comes in parts and counts only when all parts are there and the checksum fits.
 6. A higher epoch means that the owner has restarted: what it had is void. A lower one is a late message of the dead.
 
@@ -34,13 +34,13 @@ HOLD_MS: Final = 200
 """How long a change waits for others of the same key. Blocks that live shorter than this are never advertised."""
 
 KEYS_PER_DELTA: Final = 4_096
-"""32 KiB of keys: large enough that the checksum and header do not count, small enough to apply within a millisecond."""
+"""32 KiB of keys: so many that checksum and header do not count, so few that they are applied within a millisecond."""
 
 KEYS_PER_PART: Final = 16_384
 """Per snapshot part: 128 KiB, so that a heartbeat never waits long behind one."""
 
 ENTRIES_PER_OWNER_MAX: Final = 1 << 22
-"""Ten times a node with 30 TB of SSD at 80 MiB a block; a bound on what one owner can make us keep (see docs/protocol.md)."""
+"""Ten times a node with 30 TB of SSD at 80 MiB a block. Bounds what one owner can make us keep."""
 
 PARTS_MAX: Final = 1 << 16
 
@@ -88,7 +88,7 @@ class OwnershipLog:
         A key that is back where the readers believe it to be is not mentioned at all.
 
         Args:
-            urgent: do not hold: the next :meth:`poll` gives it out. For slots that are about to be reused, and when draining.
+            urgent: do not hold: the next :meth:`poll` gives it out. For slots that are about to be reused.
         """
         for key in keys:
             if self._published.get(key, Tier.GONE) == tier:

@@ -39,10 +39,11 @@ _ROW_WORDS: Final = 8
 class NodeMatch(NamedTuple):
     """What one node holds of a chain. Counts are blocks; positions count from 0.
 
-    ``by_tier`` splits the prefix by where each block lies (its cheapest tier there): index 0 = HBM, 1 = DRAM, 2 = SSD,
-    3 = SHARED, and the four add up to ``depth``. ``held`` and ``resume`` say what lies behind the first hole, when it was
-    asked for (``beyond=True``): ``held`` is the number of all positions that the node holds, ``resume`` the first
-    position after the hole that it holds again, or the length of the chain. Otherwise they are ``depth`` and the length.
+    ``by_tier`` splits the prefix by where each block lies (its cheapest tier there): index 0 = HBM, 1 = DRAM,
+    2 = SSD, 3 = SHARED; the four add up to ``depth``. ``held`` and ``resume`` say what lies behind the first hole, when
+    that was asked for (``beyond=True``): ``held`` is the number of all positions that the node holds, ``resume`` the
+    first one after the hole that it holds again, or the length of the chain. Otherwise they are ``depth`` and that
+    length.
     """
 
     node: int
@@ -61,7 +62,7 @@ class NodeMatch(NamedTuple):
 
 
 class Match:
-    """The nodes that hold something of a chain, deepest first, then by slot. A lazy view: rows are built when looked at.
+    """The nodes that hold something of a chain, deepest first, then by slot. Rows are built when looked at.
 
     Owns its bytes; immutable; equal when the rows are.
     """
@@ -195,7 +196,10 @@ class Index(Protocol):
         ...
 
     def remove_node(self, node: int) -> int:
-        """Forget all that ``node`` has, and that it was hidden. Its slot is then free for another node. Returns the number of entries."""
+        """Forget all that ``node`` has, and that it was hidden: its slot is free for another node.
+
+        Returns how many entries it had.
+        """
         ...
 
     def hide(self, node: int, hidden: bool) -> None:

@@ -1,7 +1,7 @@
 """The prefix index again, written to be obviously right: the oracle of the property tests.
 
-One dictionary per node, every answer straight from its definition in :class:`p2pkv.index.prefix.Index`. Slow: never used
-by an agent.
+One dictionary per node, every answer straight from its definition in :class:`p2pkv.index.prefix.Index`. Slow: never
+used by an agent.
 """
 
 from __future__ import annotations

@@ -148,6 +148,20 @@ bool submit_send(IoEngine& engine, uint64_t job, int fd, nb::bytes header, int f
                                                 std::string(header.c_str(), header.size()), file, std::move(list)));
 }
 
+// A checksum taken piece by piece, as the pieces arrive.
+class Hasher {
+  public:
+    Hasher() { hash_ops().reset(&state_); }
+    void update(uintptr_t address, size_t length) {
+        nb::gil_scoped_release release;
+        hash_ops().update(&state_, reinterpret_cast<const void*>(address), length);
+    }
+    nb::bytes digest() const { return to_bytes(hash_ops().digest(&state_)); }
+
+  private:
+    HashState state_;
+};
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -158,6 +172,11 @@ NB_MODULE(_native, m) {
     m.def("address_of", address_of, "buffer"_a);
     m.def("populate", populate, "address"_a, "length"_a);
     m.def("run_now", run_now, "work"_a, "items"_a, "deadline_s"_a = -1.0);
+
+    nb::class_<Hasher>(m, "Hasher")
+        .def(nb::init<>())
+        .def("update", &Hasher::update, "address"_a, "length"_a)
+        .def("digest", &Hasher::digest);
 
     nb::class_<Workers>(m, "Workers")
         .def(nb::init<unsigned>(), "threads"_a)

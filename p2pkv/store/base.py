@@ -20,7 +20,6 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
-from typing import NewType
 
 import msgspec
 
@@ -61,8 +60,12 @@ class Block(msgspec.Struct, gc=False, eq=False):
     checksum: bytes = b""
 
 
-Reservation = NewType("Reservation", Block)
-"""A block in state WRITING, in the hands of the one caller that may write its bytes and must commit, abort or quarantine it."""
+class Reservation(Block, gc=False, eq=False):
+    """A block in state WRITING, in the hands of the one caller that may write its bytes.
+
+    That caller must commit, abort or quarantine it, once. ``commit`` returns the same object as a :class:`Block`: one
+    allocation per occupancy, and a reader's block still cannot be passed for a reservation.
+    """
 
 
 class Pinned(msgspec.Struct, frozen=True):
@@ -111,7 +114,7 @@ class EvictionPolicy(ABC):
     """Which block should go first. The seam behind which S3-FIFO and others come to stand beside LRU.
 
     A policy orders the LIVE blocks of one slot size. It decides, it never frees: the store removes a victim by itself.
-    One thread; no method may block; all but ``check_integrity`` are O(1), ``victims`` amortised.
+    One thread; no method may block; all but ``check_integrity`` are O(1), the search for victims amortised.
     """
 
     @abstractmethod
@@ -132,6 +135,10 @@ class EvictionPolicy(ABC):
 
         Any other call on the policy ends the iteration: take what is needed, drop the iterator, then evict.
         """
+
+    def victim(self, held: Callable[[Block], bool]) -> Block | None:
+        """The first of ``victims``, or None: what every eviction asks, so policies may answer it faster."""
+        return next(self.victims(held), None)
 
     @abstractmethod
     def check_integrity(self, live: Collection[Block]) -> None:

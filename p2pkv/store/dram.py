@@ -18,14 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import islice
-from random import Random, SystemRandom
+from random import Random
 from typing import Final
 
 import msgspec
 
 from p2pkv.errors import InvalidArgument, LayoutMismatch, LocalProtocolError, OutOfSpace
 from p2pkv.store.base import Block, BlockState, EvictionPolicy, Pinned, Reservation, StoreStats
+from p2pkv.store.events import OwnershipEvents
 from p2pkv.store.eviction import Lru
+from p2pkv.store.integrity import check_dram_store
 from p2pkv.store.lease import Lease, LeaseLimits, LeaseTable
 from p2pkv.store.slots import SlotAllocator, extent_bytes_for, slot_bytes_for
 from p2pkv.types import (
@@ -42,11 +44,8 @@ from p2pkv.types import (
 NAMESPACES_MAX: Final = 1024
 """As many as one agent may advertise (wire.peer.LAYOUTS_MAX)."""
 
-EVENTS_COMPACT_AT: Final = 65_536
-"""Ownership events that may wait before those that cancel out are dropped; at 2,500 changes/s that is 26 s of a stuck reader."""
-
 RECLAIM_AGE_RATIO: Final = 2.0
-"""A layout gives up an extent to another only if its coldest block has been idle this many times as long as the other's.
+"""A layout gives an extent up only if its coldest block has been idle this many times as long as the taker's.
 1 would make two equally busy layouts trade extents for ever, each trade evicting hot blocks beside the cold one."""
 
 RECLAIM_VICTIMS_TRIED: Final = 32
@@ -105,7 +104,7 @@ class DramStore:
         pinned_bytes_max: what all leases together may hold, each block once; by default 3/4 of the arena, so that
             readers cannot stop all writing.
         quarantine_bytes_max: quarantined bytes above which :attr:`quarantine_full` asks for action; 1/4 by default.
-        rng: source of lease ids; the system's by default.
+        rng: source of lease ids; by default one that the system seeds.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class DramStore:
             capacity_bytes, extent_bytes_for(capacity_bytes) if extent_bytes is None else extent_bytes
         )
         limits = LeaseLimits(bytes_per_holder_max=max(1, capacity_bytes // 2)) if leases is None else leases
-        self._leases: LeaseTable[Block] = LeaseTable(limits, rng or SystemRandom(), self._unpin)
+        self._leases: LeaseTable[Block] = LeaseTable(limits, Random() if rng is None else rng, self._unpin)
         self._new_policy = policy
         self._capacity_bytes = capacity_bytes
         self._pinned_bytes = 0
@@ -133,8 +132,7 @@ class DramStore:
         self._spaces: dict[int, _Space] = {}
         self._sizes: dict[int, _SizeClass] = {}
         self._parked: dict[Hashable, list[Block]] = {}
-        self._events: list[tuple[int, Tier]] = []
-        self._compact_at = EVENTS_COMPACT_AT
+        self._events = OwnershipEvents()
         self._counters = _Counters()
         self._live_bytes = 0
         self._writing = 0
@@ -213,7 +211,7 @@ class DramStore:
             return Status.EXISTS
         if key in space.writing:
             return Status.BUSY
-        block = Block(namespace, key, -1, space.block_bytes, 0, now)
+        block = Reservation(namespace, key, -1, space.block_bytes, 0, now)
         slots = self._slots
         while (offset := slots.take(size.slot_bytes, block)) is None:
             if not self._make_room(size, now):
@@ -223,7 +221,7 @@ class DramStore:
         block.generation = slots.generation
         space.writing[key] = block
         self._writing += 1
-        return Reservation(block)
+        return block
 
     def commit(self, reservation: Reservation, checksum: bytes, now: float) -> Block | None:
         """List a block whose bytes are all there, with the xxh3_128 of those bytes. From here on they never change.
@@ -248,7 +246,7 @@ class DramStore:
         space.size.policy.insert(block)
         self._live_bytes += block.length
         self._counters.commits += 1
-        self._queue(index_hash(block.key) ^ space.salt, Tier.DRAM)
+        self._events.add(index_hash(block.key) ^ space.salt, Tier.DRAM)
         return block
 
     def abort(self, reservation: Reservation) -> None:
@@ -262,7 +260,7 @@ class DramStore:
         self._free(reservation)
 
     def quarantine(self, reservation: Reservation, token: Hashable) -> bool:
-        """Give a reservation up although bytes may still land in its slot: it is parked until ``clear_quarantine(token)``.
+        """Give a reservation up although bytes may still land in its slot; parked until ``clear_quarantine(token)``.
 
         The token names what must be over first: a transfer's handle, a connection, an incarnation of the NIXL
         process. The key can be reserved again at once, in another slot. Always parks; the answer is False when
@@ -288,7 +286,7 @@ class DramStore:
 
     @property
     def quarantine_full(self) -> bool:
-        """Too much is parked: start no further transfer, and end what it waits for (close, or restart the NIXL process)."""
+        """Too much is parked: start no transfer, and end what it waits for (close, restart the NIXL process)."""
         return self._quarantine_bytes > self._quarantine_bytes_max
 
     # ---- reading
@@ -302,8 +300,7 @@ class DramStore:
         space = self._spaces.get(namespace)
         if space is None:
             return Pinned(0, 0.0, now, [None] * len(keys), len(keys))
-        get = space.blocks.get
-        blocks = [get(key) for key in keys]
+        blocks = list(map(space.blocks.get, keys))
         hits = [block for block in blocks if block is not None]
         considered = len(keys)
         needed = len(hits) * space.block_bytes
@@ -350,7 +347,7 @@ class DramStore:
     def lookup_many(self, namespace: int, keys: Sequence[bytes]) -> list[Block | None]:
         """``lookup`` of each key."""
         space = self._spaces.get(namespace)
-        return [None] * len(keys) if space is None else [space.blocks.get(key) for key in keys]
+        return [None] * len(keys) if space is None else list(map(space.blocks.get, keys))
 
     def writing(self, namespace: int, key: bytes) -> bool:
         """Whether somebody has this block reserved (``reserve`` would say BUSY)."""
@@ -379,12 +376,19 @@ class DramStore:
     def take_events(self) -> list[tuple[int, Tier]]:
         """What changed since the last call, in order: (index key, DRAM) at commit, (index key, GONE) before reuse.
 
-        If nobody takes them for long, blocks that came and went between two calls are left out.
+        If nobody takes them for long, blocks that came and went (or went and came) between two calls are left out.
         """
-        events = self._events
-        self._events = []
-        self._compact_at = EVENTS_COMPACT_AT
-        return events
+        return self._events.take()
+
+    def count(self, namespace: int) -> int:
+        """How many blocks of a namespace are here."""
+        space = self._spaces.get(namespace)
+        return 0 if space is None else len(space.blocks)
+
+    def keys(self, namespace: int, limit: int) -> list[bytes]:
+        """Hashes of at most ``limit`` blocks of a namespace, oldest put first."""
+        space = self._spaces.get(namespace)
+        return [] if space is None else list(islice(space.blocks, limit))
 
     def index_keys(self) -> Iterator[int]:
         """Index keys of all listed blocks, in no order: what an ownership log that starts now begins with."""
@@ -392,7 +396,7 @@ class DramStore:
             for key in space.blocks:
                 yield index_hash(key) ^ space.salt
 
-    # ---- figures
+    # ---- figures and checks
 
     def stats(self) -> StoreStats:
         """The store in figures. O(number of namespaces)."""
@@ -418,11 +422,15 @@ class DramStore:
             no_space_total=counters.no_space,
         )
 
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless slots, blocks, leases and policies agree. O(everything). For tests."""
+        check_dram_store(self)
+
     # ---- holding and letting go
 
     @staticmethod
     def _held(block: Block) -> bool:
-        """Whether a lease keeps this block in its slot. The one guard between leases and reuse: every path asks here."""
+        """Whether a lease keeps this block in its slot. The one guard between leases and reuse: all paths ask here."""
         return block.pins > 0
 
     def _unpin(self, lease: Lease[Block]) -> None:
@@ -465,7 +473,7 @@ class DramStore:
         del space.blocks[block.key]
         space.size.policy.remove(block)
         self._live_bytes -= block.length
-        self._queue(index_hash(block.key) ^ space.salt, Tier.GONE)
+        self._events.add(index_hash(block.key) ^ space.salt, Tier.GONE)
         if self._held(block):
             block.state = UNLISTED
             self._unlisted += 1
@@ -484,9 +492,9 @@ class DramStore:
 
     def _make_room(self, size: _SizeClass, now: float) -> bool:
         """Let something go so that a slot of this size may be free; False if nothing can go."""
-        if self.expire(now):
+        if self._leases.expire(now):
             return True  # a deleted block's slot may have come free; otherwise we are called again
-        own = next(size.policy.victims(self._held), None)
+        own = size.policy.victim(self._held)
         if len(self._sizes) > 1 and self._reclaim_extent(size, None if own is None else now - own.used_at, now):
             return True
         if own is None:
@@ -499,7 +507,7 @@ class DramStore:
         coldest: tuple[float, _SizeClass] | None = None
         for other in self._sizes.values():
             if other is not size:
-                victim = next(other.policy.victims(self._held), None)
+                victim = other.policy.victim(self._held)
                 if victim is not None and (coldest is None or victim.used_at < coldest[0]):
                     coldest = victim.used_at, other
         if coldest is None or (own_idle_s is not None and now - coldest[0] <= RECLAIM_AGE_RATIO * own_idle_s):
@@ -511,7 +519,7 @@ class DramStore:
         return bool(window)
 
     def _empty_window(self, donor: _SizeClass, size: _SizeClass) -> list[Block]:
-        """The blocks to evict so that a run of units around one of the donor's coldest blocks is free; [] = no such run."""
+        """The blocks to evict so that units around one of the donor's coldest blocks come free; [] = there are none."""
         tried: set[int] = set()
         for victim in islice(donor.policy.victims(self._held), RECLAIM_VICTIMS_TRIED):
             unit = victim.offset // self._slots.extent_bytes
@@ -527,70 +535,3 @@ class DramStore:
                 else:
                     return window
         return []
-
-    # ---- events
-
-    def _queue(self, key: int, tier: Tier) -> None:
-        self._events.append((key, tier))
-        if len(self._events) > self._compact_at:
-            self._compact_events()
-
-    def _compact_events(self) -> None:
-        """Keep the last event of each key, and none of a key that came and went: what remains is bounded by the slots."""
-        first: dict[int, Tier] = {}
-        last: dict[int, Tier] = {}
-        for key, tier in self._events:
-            first.setdefault(key, tier)
-            last.pop(key, None)  # so that the order is that of the last events
-            last[key] = tier
-        self._events = [
-            (key, tier) for key, tier in last.items() if not (tier is Tier.GONE and first[key] is not Tier.GONE)
-        ]
-        self._compact_at = max(EVENTS_COMPACT_AT, 2 * len(self._events))
-
-    # ---- integrity
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless slots, blocks, leases and policies agree. O(everything). For tests and doctor."""
-        self._slots.check_integrity()
-        self._leases.check_integrity()
-        pins: dict[Block, int] = {}
-        for block in self._leases.pins():
-            pins[block] = pins.get(block, 0) + 1
-        parked = {block for blocks in self._parked.values() for block in blocks}
-        by_state: dict[BlockState, int] = dict.fromkeys(BlockState, 0)
-        live_by_size: dict[int, list[Block]] = {slot_bytes: [] for slot_bytes in self._sizes}
-        for block in self._slots.occupants():
-            by_state[block.state] += 1
-            _require(block.pins == pins.pop(block, 0), f"pins of {block} are not those of its leases")
-            space = self._spaces.get(block.namespace)
-            match block.state:
-                case BlockState.LIVE:
-                    _require(space is not None and space.blocks.get(block.key) is block, f"live, not listed: {block}")
-                    _require(len(block.checksum) == CHECKSUM_BYTES, f"live without checksum: {block}")
-                    live_by_size[slot_bytes_for(block.length)].append(block)
-                case BlockState.UNLISTED:
-                    _require(block.pins > 0, f"unlisted, held by nobody: {block}")
-                case BlockState.PARKED:
-                    _require(block in parked, f"parked under no token: {block}")
-                case _:
-                    _require(block.state is WRITING and not block.pins, f"a free or pinned reservation: {block}")
-        _require(not pins, "a leased block has lost its slot")
-        listed = [block for space in self._spaces.values() for block in space.blocks.values()]
-        written = [block for space in self._spaces.values() for block in space.writing.values()]
-        _require(len(listed) == by_state[LIVE], "a listed block has lost its slot")
-        _require(all(block.state is WRITING for block in written), "a reservation has lost its slot")
-        _require(len(parked) == by_state[PARKED], "a quarantined block has lost its slot")
-        _require(self._writing == by_state[WRITING], "reservations do not add up")
-        _require(self._unlisted == by_state[UNLISTED], "unlisted blocks do not add up")
-        _require(self._live_bytes == sum(block.length for block in listed), "live bytes do not add up")
-        _require(self._quarantine_bytes == sum(block.length for block in parked), "quarantine does not add up")
-        pinned_bytes = sum(block.length for block in self._slots.occupants() if block.pins)
-        _require(self._pinned_bytes == pinned_bytes, "pinned bytes do not add up")
-        for slot_bytes, live in live_by_size.items():
-            self._sizes[slot_bytes].policy.check_integrity(live)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)

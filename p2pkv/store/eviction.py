@@ -42,6 +42,15 @@ class Lru(EvictionPolicy):
             for block in in_use:
                 self._order.move_to_end(block)
 
+    def victim(self, held: Callable[[Block], bool]) -> Block | None:
+        order = self._order
+        for _ in range(len(order)):
+            block = next(iter(order))
+            if not held(block):
+                return block
+            order.move_to_end(block)
+        return None
+
     def check_integrity(self, live: Collection[Block]) -> None:
         if len(self._order) != len(live) or any(block not in self._order for block in live):
             raise AssertionError(f"LRU tracks {len(self._order)} blocks, {len(live)} are live, or not the same ones")

@@ -1,4 +1,4 @@
-"""Leases: "these blocks stay where they are until released or T seconds pass". Pure bookkeeping, ``now`` is a parameter.
+"""Leases: "these blocks stay where they are until released or T seconds pass". Pure bookkeeping.
 
 Rules:
 
@@ -68,7 +68,7 @@ class Lease(msgspec.Struct, Generic[T], frozen=True):
 class _Holder:
     """What one holder has: its leases and their bytes. Exists only while it has any."""
 
-    __slots__ = ("length", "lease_ids")
+    __slots__ = ("lease_ids", "length")
 
     def __init__(self) -> None:
         self.lease_ids: set[int] = set()
@@ -80,8 +80,9 @@ class LeaseTable(Generic[T]):
 
     Args:
         limits: see :class:`LeaseLimits`.
-        rng: where ids come from: ``random.SystemRandom()`` in an agent, a seeded ``Random`` in tests and simulations.
-            Ids are 64 bits and never 0; a reader that must not end another's lease is also checked by ``holder``.
+        rng: where ids come from: ``Random()``, seeded by the system, in an agent; ``Random(seed)`` in simulations.
+            Ids are 64 bits and never 0. They are hard to hit by chance, but somebody who has seen hundreds of them
+            can compute the next: what keeps a reader from ending another's lease is the ``holder`` of ``release``.
         on_end: called once with every lease that ends, after it has left the table. Must not call the table.
     """
 
@@ -123,19 +124,28 @@ class LeaseTable(Generic[T]):
         Raises:
             Busy: the lease is over a limit; ask ``room`` first. Nothing was entered.
         """
-        if length > self.room(holder):
-            raise Busy("the holder's leases are at their limit", holder=holder, length=length)
         limits = self._limits
+        of = self._holders.get(holder)
+        if of is None:
+            of = _Holder()
+        if (
+            of.length + length > limits.bytes_per_holder_max
+            or len(of.lease_ids) >= limits.leases_per_holder_max
+            or len(self._leases) >= limits.leases_max
+        ):
+            raise Busy("the holder's leases are at their limit", holder=holder, length=length)
         lease_id = self._rng.getrandbits(64)
         while lease_id == 0 or lease_id in self._leases:
             lease_id = self._rng.getrandbits(64)
-        expires_at = now + min(max(ttl_s, limits.ttl_min_s), limits.ttl_max_s)
+        if ttl_s < limits.ttl_min_s:
+            ttl_s = limits.ttl_min_s
+        elif not ttl_s <= limits.ttl_max_s:  # NaN too
+            ttl_s = limits.ttl_max_s
+        expires_at = now + ttl_s
         lease = Lease(lease_id, holder, blocks, length, expires_at)
         self._leases[lease_id] = lease
         heapq.heappush(self._due, (expires_at, lease_id))
-        of = self._holders.get(holder)
-        if of is None:
-            of = self._holders[holder] = _Holder()
+        self._holders[holder] = of
         of.lease_ids.add(lease_id)
         of.length += length
         return lease
@@ -163,9 +173,11 @@ class LeaseTable(Generic[T]):
         return len(lease_ids)
 
     def expire(self, now: float) -> list[Lease[T]]:
-        """End the leases that are over at ``now`` and return them, the longest overdue first. O(1) when there is none."""
+        """End the leases that are over at ``now``; returns them, the longest overdue first. O(1) when there is none."""
         due = self._due
         ended: list[Lease[T]] = []
+        if not due or due[0][0] > now:
+            return ended
         while due and due[0][0] <= now:
             lease = self._leases.get(heapq.heappop(due)[1])
             if lease is not None:

@@ -40,14 +40,14 @@ def slot_bytes_for(block_bytes: int) -> int:
 
 
 def extent_bytes_for(capacity_bytes: int) -> int:
-    """A good unit for an arena of this size: a multiple of 2 MiB (one huge page) between 2 and 64 MiB, if it fits at all."""
+    """A good unit for an arena of this size: a multiple of 2 MiB (one huge page), at most 64 MiB, if it fits at all."""
     wanted = capacity_bytes // EXTENTS_WANTED // EXTENT_BYTES_MIN * EXTENT_BYTES_MIN
     best = min(max(wanted, EXTENT_BYTES_MIN), EXTENT_BYTES_MAX)
     return best if best <= capacity_bytes else capacity_bytes // PAGE_BYTES * PAGE_BYTES
 
 
 class _Extent(Generic[T]):
-    """Slots of one size in a run of units. ``occupants[i] is None`` = slot i is free; slots beyond its end were never used."""
+    """Slots of one size in a run of units. ``occupants[i]`` is None: slot i is free; beyond its end: never used yet."""
 
     __slots__ = ("base", "free", "occupants", "slot_bytes", "slots", "unit", "units")
 
@@ -80,7 +80,7 @@ class SlotAllocator(Generic[T]):
         extent_bytes: the unit in which memory moves between slot sizes; a multiple of 4096.
     """
 
-    __slots__ = ("_by_unit", "_pool", "_sizes", "extent_bytes", "free_slot_bytes", "generation", "units")
+    __slots__ = ("_by_unit", "_pool", "_pool_units", "_sizes", "extent_bytes", "free_slot_bytes", "generation", "units")
 
     def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
         if extent_bytes < PAGE_BYTES or extent_bytes % PAGE_BYTES:
@@ -97,12 +97,13 @@ class SlotAllocator(Generic[T]):
         """Bytes of free slots in extents that are assigned to a size."""
         self._by_unit: list[_Extent[T] | None] = [None] * self.units
         self._pool = bytearray(b"\x01") * self.units  # 1 = belongs to no size; bytes, so that runs are found by memmem
+        self._pool_units = self.units
         self._sizes: dict[int, _SlotSize[T]] = {}
 
     @property
     def pool_bytes(self) -> int:
         """Bytes that are assigned to no slot size."""
-        return self._pool.count(1) * self.extent_bytes
+        return self._pool_units * self.extent_bytes
 
     def open(self, slot_bytes: int) -> None:
         """Prepare for slots of this size (idempotent). Takes no memory yet.
@@ -131,9 +132,9 @@ class SlotAllocator(Generic[T]):
         self._sizes[slot_bytes] = _SlotSize(units, units_min)
 
     def take(self, slot_bytes: int, occupant: T) -> int | None:
-        """Offset of a slot that was free and is now ``occupant``'s; its generation is :attr:`generation`. None = none is free.
+        """Offset of a slot that was free and is now ``occupant``'s, or None if there is none.
 
-        The size must have been opened.
+        Its generation is in :attr:`generation`. The size must have been opened.
         """
         size = self._sizes[slot_bytes]
         partial = size.partial
@@ -162,22 +163,26 @@ class SlotAllocator(Generic[T]):
         Raises:
             LocalProtocolError: no taken slot begins there (a double free).
         """
-        extent = self._by_unit[offset // self.extent_bytes] if 0 <= offset < self.units * self.extent_bytes else None
-        index, inside = divmod(offset - extent.base, extent.slot_bytes) if extent is not None else (0, 1)
-        if extent is None or inside or index >= len(extent.occupants) or extent.occupants[index] is None:
+        unit = offset // self.extent_bytes
+        extent = self._by_unit[unit] if 0 <= unit < self.units else None
+        if extent is None:
+            raise LocalProtocolError("freed a slot of an extent that is not in use", offset=offset)
+        index, inside = divmod(offset - extent.base, extent.slot_bytes)
+        occupants, free = extent.occupants, extent.free
+        if inside or index >= len(occupants) or occupants[index] is None:
             raise LocalProtocolError("freed a slot that is not taken", offset=offset)
-        extent.occupants[index] = None
-        extent.free.append(index)
+        occupants[index] = None
+        free.append(index)
         self.free_slot_bytes += extent.slot_bytes
         partial = self._sizes[extent.slot_bytes].partial
-        if len(extent.free) == len(extent.occupants):
+        if len(free) == len(occupants):
             partial.pop(extent, None)
             self._unassign(extent)
         else:
             partial[extent] = None  # an extent that was full goes last, so that this warm slot is the next to be taken
 
     def windows(self, offset: int, slot_bytes: int) -> Iterator[Iterator[T]]:
-        """Ways to make room for one slot of ``slot_bytes`` around ``offset``: each yields the occupants that would have to go.
+        """Ways to make room for a slot of ``slot_bytes`` around ``offset``: each yields the occupants that must go.
 
         Each window is the shortest run of units that such a slot needs and contains the unit of ``offset``. Once
         all its occupants are freed, ``take`` succeeds. Free nothing before the iteration is over.
@@ -203,8 +208,10 @@ class SlotAllocator(Generic[T]):
 
     def _assign(self, slot_bytes: int, size: _SlotSize[T]) -> _Extent[T] | None:
         """Move a run of units from the pool to this size; a shorter one than it wants if the pool is in pieces."""
+        if self._pool_units < size.units_min:
+            return None  # what a full arena answers to every first try
         for units in range(size.units, size.units_min - 1, -1):
-            # Single units from the low end, runs from the high end: small sizes do not break up the place for large ones.
+            # Single units from the low end, runs from the high end: small sizes leave the place of large ones whole.
             at = self._pool.find(1) if units == 1 else self._pool.rfind(b"\x01" * units)
             if at >= 0:
                 break
@@ -212,6 +219,7 @@ class SlotAllocator(Generic[T]):
             return None
         extent: _Extent[T] = _Extent(at, units, self.extent_bytes, slot_bytes)
         self._pool[at : at + units] = bytes(units)
+        self._pool_units -= units
         self._by_unit[at : at + units] = [extent] * units
         self.free_slot_bytes += extent.slots * slot_bytes
         size.partial[extent] = None
@@ -219,6 +227,7 @@ class SlotAllocator(Generic[T]):
 
     def _unassign(self, extent: _Extent[T]) -> None:
         self._pool[extent.unit : extent.unit + extent.units] = b"\x01" * extent.units
+        self._pool_units += extent.units
         self._by_unit[extent.unit : extent.unit + extent.units] = [None] * extent.units
         self.free_slot_bytes -= extent.slots * extent.slot_bytes
 
@@ -245,6 +254,7 @@ class SlotAllocator(Generic[T]):
             if free:
                 partial[extent.slot_bytes].add(extent)
             unit += extent.units
+        _require(self._pool_units == self._pool.count(1), "the pool does not add up")
         _require(free_slot_bytes == self.free_slot_bytes, "free slots do not add up")
         _require(partial == {n: set(size.partial) for n, size in self._sizes.items()}, "free slots cannot be found")
 

@@ -20,13 +20,14 @@ import enum
 import os
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from p2pkv.errors import InvalidArgument
-from p2pkv.wire.frame import Codec
+from p2pkv.wire.frame import HEADER_BYTES, Codec, Frame, FrameDecoder, parse_header
 
 RUN_BYTES: Final = 24
 RUNS_MAX: Final = 16_384
@@ -67,7 +68,7 @@ def pack_runs(runs: Sequence[Run]) -> bytes:
     if not 1 <= len(runs) <= RUNS_MAX:
         raise InvalidArgument("a read has too few or too many runs", runs=len(runs), limit=RUNS_MAX)
     try:
-        return array("Q", [number for run in runs for number in run]).tobytes()
+        return array("Q", chain.from_iterable(runs)).tobytes()
     except (OverflowError, TypeError) as error:
         raise InvalidArgument("a run is not three unsigned 64-bit numbers") from error
 
@@ -97,6 +98,15 @@ def node_of(name: str) -> str:
 def monotonic_ns_after(now: float, seconds: float) -> int:
     """The absolute deadline, as the messages carry it, ``seconds`` after ``now`` (``time.monotonic()``)."""
     return max(0, int((now + seconds) * 1e9))
+
+
+def cut(decoder: FrameDecoder, data: bytes) -> list[Frame]:
+    """The frames that ``data`` completes. Nearly always it is exactly one, which then skips the decoder's buffer."""
+    if not decoder.pending_bytes and len(data) >= HEADER_BYTES:
+        length, message_type, flags, request_id = parse_header(data[:HEADER_BYTES], BODY_BYTES_MAX)
+        if len(data) == HEADER_BYTES + length:
+            return [Frame(message_type, request_id, flags, data[HEADER_BYTES:])]
+    return list(decoder.feed(data))
 
 
 class NixlType(enum.IntEnum):
@@ -184,10 +194,12 @@ class RemovePeer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Read(msgspec.Struct, frozen=True, array_like=True):
-    """Read ``runs`` (:func:`pack_runs`) from a peer that was added."""
+    """Read ``runs`` (:func:`pack_runs`) from a peer that was added. ``piece_bytes``: report progress in steps of about
+    that; 0: do not report, and use the largest transfers."""
 
     peer: AgentName
     runs: PackedRuns
+    piece_bytes: U32
     deadline_ns: U63
 
 

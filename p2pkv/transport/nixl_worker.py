@@ -15,7 +15,6 @@ import ctypes
 import gc
 import importlib
 import logging
-import mmap
 import os
 import resource
 import select
@@ -23,97 +22,24 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import numpy as np
 
 from p2pkv.errors import P2PKVError, RemoteProtocolError
 from p2pkv.transport import nixl_wire as wire
-from p2pkv.transport.nixl_engine import Engine, FabricError
+from p2pkv.transport.nixl_engine import Engine
+from p2pkv.transport.nixl_fabric import FabricError, NixlFabric, load_nixl, map_arena
 from p2pkv.wire.frame import Frame, FrameDecoder
 
-PACKAGES: Final = ("nixl_cu12", "nixl_cu13")
-"""Never the meta package ``nixl``: it imports torch when neither is there."""
-
-SCRATCH_BYTES: Final = 65_536
-RECEIVE_BYTES: Final = 1 << 16
+RECEIVE_BYTES: Final = 1 << 14
 OUT_BYTES_MAX: Final = 8 << 20
-"""Answers that the agent has not taken. Their number is bounded by the reads it may have open; past this it is stuck."""
+"""Answers that the agent has not taken. Their number is bounded by the reads it may have open; past this, it hangs."""
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_TIMERSLACK: Final = 29
-MADV_POPULATE_WRITE: Final = 23
-POPULATE_STEP_BYTES: Final = 1 << 30
-
-
-class NixlFabric:
-    """:class:`~.nixl_engine.Fabric` over a real NIXL agent with the UCX backend and no progress thread."""
-
-    def __init__(self, module: ModuleType, name: str, base: int, arena_bytes: int) -> None:
-        bindings = importlib.import_module(f"{module.__name__}._bindings")
-        # NIXL's errors have no common base class.
-        self._errors = tuple(
-            value for key, value in vars(bindings).items() if key.startswith("nixl") and key.endswith("Error")
-        )
-        self._disconnects = (bindings.nixlRemoteDisconnectError,)
-        self._agent: Any = module.nixl_agent(name, module.nixl_agent_config(enable_prog_thread=False, backends=[]))
-        self._agent.create_backend("UCX", {"ucx_error_handling_mode": "peer"})
-        self._scratch = mmap.mmap(-1, SCRATCH_BYTES)
-        self._scratch_base = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch))
-        regions = [(base, arena_bytes, 0, ""), (self._scratch_base, SCRATCH_BYTES, 0, "")]
-        self._registered = self._agent.register_memory(regions, "DRAM")
-        self.metadata: bytes = self._agent.get_agent_metadata()
-
-    def _call(self, function: Callable[..., Any], *args: object) -> Any:
-        try:
-            return function(*args)
-        except self._errors as error:
-            detail = f"{type(error).__name__}: {error}"
-            raise FabricError(detail, disconnected=isinstance(error, self._disconnects)) from error
-
-    def connect(self, metadata: bytes) -> str:
-        name: bytes = self._call(self._agent.add_remote_agent, metadata)
-        return name.decode("utf-8", "replace")
-
-    def disconnect(self, name: str) -> None:
-        self._call(self._agent.remove_remote_agent, name)
-
-    def create(self, peer: str, local: np.ndarray, remote: np.ndarray) -> object:
-        return self._call(self._create, peer, local, remote)
-
-    def _create(self, peer: str, local: np.ndarray, remote: np.ndarray) -> object:
-        # Descriptors per request cost 8 us + 0.7 us each: less than prepared lists, whose fixed grid our slots lack.
-        descs = self._agent.get_xfer_descs
-        return self._agent.initialize_xfer("READ", descs(local, "DRAM"), descs(remote, "DRAM"), peer)
-
-    def post(self, transfer: object) -> bool:
-        return self._check(self._call(self._agent.transfer, transfer))
-
-    def ended(self, transfer: object) -> bool:
-        return self._check(self._call(self._agent.check_xfer_state, transfer))
-
-    @staticmethod
-    def _check(state: str) -> bool:
-        if state == "ERR":
-            raise FabricError("NIXL reports ERR without a reason")
-        return state == "DONE"
-
-    def release(self, transfer: object) -> None:
-        try:
-            self._call(self._agent.release_xfer_handle, transfer)
-        except FabricError as error:
-            logging.warning("a transfer could not be released: %s", error)
-
-    def progress(self) -> None:
-        self._call(self._agent.get_new_notifs)
-
-    def probe(self, peer: str, remote_address: int, length: int) -> object:
-        local = np.array([[self._scratch_base, length, 0]], np.uint64)
-        remote = np.array([[remote_address, length, 0]], np.uint64)
-        return self.create(peer, local, remote)
 
 
 class Link:
@@ -124,13 +50,15 @@ class Link:
         self._decoder = FrameDecoder(wire.BODY_BYTES_MAX)
         self._unsent = bytearray()
 
-    def wait(self, seconds: float) -> bool:
-        """Sleep until something can be read (then True), the backlog can be sent, or the time is over."""
-        readable, _, _ = select.select([self._sock], [self._sock] if self._unsent else [], [], seconds)
-        return bool(readable)
-
-    def receive(self) -> list[Frame]:
-        """All frames that are here. The agent going away ends this process."""
+    def receive(self, seconds: float) -> list[Frame]:
+        """The frames that are here, or that come within that time (none also when the backlog can be sent).
+        The agent going away ends this process."""
+        if seconds > 0.0:
+            readable, _, _ = select.select([self._sock], [self._sock] if self._unsent else [], [], seconds)
+            if self._unsent:
+                self.flush()
+            if not readable:
+                return []
         try:
             data = self._sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -139,7 +67,7 @@ class Link:
             data = b""
         if not data:
             os._exit(wire.EXIT_ORPHAN)
-        return list(self._decoder.feed(data))
+        return wire.cut(self._decoder, data)
 
     def send(self, engine: Engine) -> None:
         """Send what the engine has to say. Behind a full socket progress is dropped, as later words repeat it."""
@@ -147,6 +75,10 @@ class Link:
             message, request_id = engine.out.popleft()
             if not (self._unsent and isinstance(message, wire.ReadProgress)):
                 self._unsent += wire.CODEC.encode(message, request_id)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes of the backlog."""
         try:
             while self._unsent:
                 del self._unsent[: self._sock.send(self._unsent)]
@@ -190,11 +122,11 @@ def run(link: Link, engine: Engine, idle_s: float) -> None:
     The idle tick (10 per second, 20 us each) keeps UCX's own housekeeping alive, and lets a peer connect, slowly, whose
     SERVE did not reach us."""
     while True:
-        if link.wait(engine.wait_s(time.monotonic(), idle_s)):
-            for frame in link.receive():
-                handle(engine, wire.CODEC.decode(frame), frame.request_id, time.monotonic())
+        for frame in link.receive(engine.wait_s(time.monotonic(), idle_s)):
+            handle(engine, wire.CODEC.decode(frame), frame.request_id, time.monotonic())
         engine.step(time.monotonic())
-        link.send(engine)
+        if engine.out:
+            link.send(engine)
 
 
 def bind_to_parent(parent_pid: int) -> None:
@@ -207,38 +139,6 @@ def bind_to_parent(parent_pid: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the agent decides
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # a core would contain the arena
-
-
-def map_arena(fd: int, arena_bytes: int) -> tuple[mmap.mmap, int]:
-    """Map the arena and fill in page tables where its pages exist already; returns the mapping and its address.
-
-    A page that the agent has written is not in *our* page table until it is touched, and a peer's copy would take a
-    fault per 4 KiB: half the speed. If the memfd has holes, filling tables would allocate them, so it is not done."""
-    status = os.fstat(fd)
-    if status.st_size < arena_bytes:
-        raise ValueError(f"the arena has {status.st_size} bytes, not {arena_bytes}")
-    arena = mmap.mmap(fd, arena_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-    if status.st_blocks * 512 >= arena_bytes:
-        try:
-            for start in range(0, arena_bytes, POPULATE_STEP_BYTES):
-                arena.madvise(MADV_POPULATE_WRITE, start, min(POPULATE_STEP_BYTES, arena_bytes - start))
-        except OSError:
-            pass  # before Linux 5.14: faults it is
-    return arena, ctypes.addressof(ctypes.c_char.from_buffer(arena))
-
-
-def load_nixl() -> ModuleType:
-    """The NIXL build that is installed.
-
-    Raises:
-        ImportError: none is, or the one that is cannot be loaded."""
-    reasons = []
-    for package in PACKAGES:
-        try:
-            return importlib.import_module(package)
-        except ImportError as error:
-            reasons.append(f"{package}: {error}")
-    raise ImportError("; ".join(reasons))
 
 
 def start(options: argparse.Namespace, engine_out: Callable[[msgspec.Struct], None]) -> Engine:
@@ -285,6 +185,8 @@ def main() -> None:
         fail(wire.EXIT_PROTOCOL, str(error))
     except FabricError as error:
         fail(wire.EXIT_FATAL, str(error))
+    except BaseException:
+        fail(os.EX_SOFTWARE, traceback.format_exc())
 
 
 if __name__ == "__main__":

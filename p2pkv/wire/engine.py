@@ -141,8 +141,8 @@ class Get(msgspec.Struct, frozen=True, array_like=True):
 class Got(msgspec.Struct, frozen=True, array_like=True):
     """Part of the answer to GET: blocks that can be read in the arena, or have failed; ``more`` parts follow unless False.
 
-    ``indices`` says which of the asked keys the lists are about. The extents are held under ``lease`` for ``ttl_ms``
-    from when the agent answered; misses have length 0; lease 0 = nothing is held.
+    ``indices`` says which of the asked keys the lists are about. The extents are held under ``lease`` until ``ttl_ms``
+    after the request reached the agent; misses have length 0; lease 0 = nothing is held.
     """
 
     lease: U64

@@ -160,11 +160,15 @@ class Leave(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Pin(msgspec.Struct, frozen=True, array_like=True):
-    """Hold these blocks where they are for ``ttl_ms`` and say where that is."""
+    """Hold these blocks where they are for ``ttl_ms`` and say where that is.
+
+    ``serve``: the reads that follow need the owner's NIXL process to keep progressing (no RDMA, not the same host).
+    """
 
     namespace: U64
     hashes: Hashes
     ttl_ms: U32
+    serve: bool = False
 
 
 class Pinned(msgspec.Struct, frozen=True, array_like=True):

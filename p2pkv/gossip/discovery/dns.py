@@ -1,4 +1,4 @@
-"""Seeds behind a DNS name: every A and AAAA record of, say, a headless Kubernetes Service, looked up again and again."""
+"""Seeds behind a DNS name: every A and AAAA record of, say, a headless Service, looked up again and again."""
 
 from __future__ import annotations
 

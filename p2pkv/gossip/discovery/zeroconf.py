@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from p2pkv.errors import ConfigError
 from p2pkv.gossip.discovery.base import SEEDS_MAX, Found
+from p2pkv.gossip.membership import WILDCARDS
 from p2pkv.types import NodeId
 from p2pkv.wire.peer import Address
 
@@ -66,20 +67,12 @@ class ZeroconfSeeds:
             from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
         except ImportError as error:
             raise ConfigError("peer.zeroconf needs the zeroconf package", hint="pip install zeroconf") from error
+        hosts = await self._hosts()
         try:
-            async with asyncio.timeout(RESOLVE_MS / 1000):
-                infos = await asyncio.get_running_loop().getaddrinfo(self._address.host, None, type=socket.SOCK_STREAM)
-        except (OSError, TimeoutError) as error:
-            raise ConfigError(
-                "zeroconf cannot announce this address", host=self._address.host, reason=str(error),
-                hint="Set peer.advertise to an address that others can reach.",
-            ) from error  # fmt: skip
-        host = str(infos[0][4][0])
-        try:
-            self._zeroconf = AsyncZeroconf(interfaces=self._interfaces or [host])
+            self._zeroconf = AsyncZeroconf(interfaces=self._interfaces or hosts)
         except OSError as error:
             raise ConfigError(
-                "zeroconf cannot use the network", host=host, reason=str(error),
+                "zeroconf cannot use the network", hosts=hosts, reason=str(error),
                 hint="Multicast is not available there: use peer.seeds or peer.dns.",
             ) from error  # fmt: skip
         self._info = ServiceInfo(
@@ -87,7 +80,7 @@ class ZeroconfSeeds:
             f"{self._node}.{SERVICE}",
             port=self._address.port,
             properties={"cell": self._cell, "node": str(self._node)},
-            parsed_addresses=[host],
+            parsed_addresses=hosts,
             server=f"p2pkv-{self._node}.local.",
         )
         # Probing for a name conflict takes about 1.7 s: not the start's business.
@@ -117,6 +110,24 @@ class ZeroconfSeeds:
                 log.debug("announcement not withdrawn in time")
             await self._zeroconf.async_close()
         self._zeroconf = self._browser = None
+
+    async def _hosts(self) -> list[str]:
+        """The IP addresses to announce: what the name resolves to, or all of this machine's for a wildcard."""
+        host = self._address.host
+        if host in WILDCARDS:
+            import ifaddr  # comes with zeroconf
+
+            found = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips if isinstance(ip.ip, str)]
+            return [ip for ip in found if not ip.startswith("127.")][:4] or ["127.0.0.1"]
+        try:
+            async with asyncio.timeout(RESOLVE_MS / 1000):
+                infos = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except (OSError, TimeoutError) as error:
+            raise ConfigError(
+                "zeroconf cannot announce this address", host=host, reason=str(error),
+                hint="Set peer.advertise to an address that others can reach.",
+            ) from error  # fmt: skip
+        return [str(infos[0][4][0])]
 
     async def _register(self) -> None:
         assert self._zeroconf is not None

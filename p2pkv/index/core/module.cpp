@@ -87,7 +87,9 @@ std::size_t replace(PrefixIndex& index, std::int64_t node, nb::iterable groups) 
   std::vector<std::unique_ptr<KeysBuffer>> buffers;
   std::vector<PrefixIndex::Group> native;
   for (nb::handle group : groups) {
-    const auto [tier, keys] = nb::cast<std::pair<std::int64_t, nb::object>>(group);
+    std::pair<std::int64_t, nb::object> pair;
+    if (!nb::try_cast(group, pair)) throw nb::type_error("groups must be pairs of a tier and a buffer of keys");
+    const auto& [tier, keys] = pair;
     buffers.push_back(std::make_unique<KeysBuffer>(keys));
     native.emplace_back(tier, buffers.back()->keys());
   }

@@ -1,0 +1,1 @@
+"""The daemon: composes index, gossip, store and transports, and serves engines, peers and people."""

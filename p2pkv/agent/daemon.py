@@ -1,0 +1,237 @@
+"""The agent process: makes the parts, connects them, runs until told to stop, and stops in bounded time.
+
+Start: identity, arena, store, native threads, peers, transports, engines, HTTP: each step either works or names what is
+wrong. Stop (SIGTERM, SIGINT): refuse new work, say goodbye to peers, let reads under lease end, close everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from p2pkv.agent.identity import Identity
+from p2pkv.agent.ipc import EngineServer
+from p2pkv.agent.service import CacheService
+from p2pkv.agent.transports import Transports
+from p2pkv.config import Config, parse_size
+from p2pkv.gossip.driver import PeerNetwork
+from p2pkv.gossip.views import PeerView
+from p2pkv.index.ownership import OwnershipLog
+from p2pkv.index.prefix import PrefixIndex
+from p2pkv.store.arena import Arena
+from p2pkv.store.dram import DramStore
+from p2pkv.store.eviction import Lru, NoEviction
+from p2pkv.store.lease import LeaseLimits
+from p2pkv.store.memory import available_memory
+from p2pkv.transport.fetch import Fetcher
+from p2pkv.transport.movers import Movers
+from p2pkv.wire.peer import Address, Card
+
+if TYPE_CHECKING:
+    from p2pkv.agent.http import HttpServer
+
+log = logging.getLogger("p2pkv.agent")
+
+TICK_S: Final = 1.0
+DRAIN_S: Final = 5.0
+"""How long a stopping agent waits for leases of peers and jobs of engines before it goes anyway."""
+
+
+def host_id() -> str:
+    """Equal for two agents that share a kernel and a network namespace: the boot id and the namespace's inode."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+class Agent:
+    """One agent. ``start``, then ``stop``, on one event loop; ``run`` does both around a wait.
+
+    Attributes are the parts, for the HTTP endpoint, the metrics and tests.
+    """
+
+    def __init__(self, config: Config, *, identity: Identity | None = None) -> None:
+        self.config = config
+        self.started_at = time.monotonic()
+        self.ready = False
+        self.draining = False
+        self._stopped = asyncio.Event()
+        self._exits = contextlib.AsyncExitStack()
+        self._identity = identity
+
+    async def start(self) -> None:
+        """Bring everything up.
+
+        Raises:
+            ConfigError: a setting is impossible on this host; what was started is stopped again.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._exits.aclose()
+            raise
+        self.ready = True
+        log.info(
+            "agent %016x (epoch %d): engines at %s, peers at %s:%d, arena %d MiB on %s pages, transport %s",
+            self.node,
+            self.identity.epoch,
+            self.config.socket_path,
+            self.config.peer.host,
+            self.network.port,
+            self.arena.capacity_bytes >> 20,
+            self.arena.backing.pages.value,
+            self.transports.describe(),
+        )
+
+    async def _start(self) -> None:
+        config, exits = self.config, self._exits
+        http_server: type[HttpServer] | None = None
+        if config.http.enabled:
+            # Takes 0.5 s or more: only where it is wanted, and before anybody counts on this loop to turn.
+            from p2pkv.agent.http import HttpServer as http_server
+        self.identity = self._identity or Identity.load(config.state_dir)
+        exits.callback(self.identity.close)
+        self.node = int(self.identity.node)
+
+        capacity = parse_size(config.store.capacity, key="store.capacity", percent_of=available_memory().bytes)
+        self.arena = Arena.create(capacity, huge=config.store.huge_pages)
+        if config.store.lock_memory:
+            self.arena.lock()
+        extent = None if config.store.extent == "auto" else parse_size(config.store.extent, key="store.extent")
+        lease_ttl_s = config.store.lease_ttl_ms / 1000
+        self.store = DramStore(
+            self.arena.capacity_bytes,
+            extent_bytes=extent,
+            policy=Lru if config.store.eviction == "lru" else NoEviction,
+            leases=LeaseLimits(
+                ttl_max_s=lease_ttl_s,
+                leases_max=config.store.leases_max,
+                bytes_per_holder_max=self.arena.capacity_bytes // 2,
+            ),
+            quarantine_bytes_max=parse_size(
+                config.transport.quarantine, key="transport.quarantine", percent_of=self.arena.capacity_bytes
+            ),
+        )
+        self.index = PrefixIndex()
+        self.ownership = OwnershipLog(self.identity.epoch, hold_ms=config.peer.hold_ms)
+        self.movers = Movers(config.store.copy_threads)
+        self.movers.start()
+        exits.callback(self.movers.stop)
+        self.service = CacheService(
+            node=self.node,
+            store=self.store,
+            arena=self.arena,
+            index=self.index,
+            ownership=self.ownership,
+            movers=self.movers,
+            lease_ttl_s=lease_ttl_s,
+            slot_node=lambda slot: self.network.slot_node(slot),
+            on_layouts=self._tell_card,
+        )
+        self.network = PeerNetwork(
+            settings=config.peer,
+            cell=config.peer.cell,
+            card=Card(self.node, self.identity.epoch, Address("", 0), "", host_id(), [], ["tcp"]),
+            log=self.ownership,
+            index=self.index,
+        )
+        self.transports = Transports(
+            settings=config.transport,
+            node=self.node,
+            epoch=self.identity.epoch,
+            movers=self.movers,
+            arena=self.arena,
+            service=self.service,
+            network=self.network,
+            lease_ttl_s=lease_ttl_s,
+            on_change=self._tell_card,
+        )
+        self.service.fetcher = Fetcher(
+            landing=self.service, holders=self.service.holders, transport=self.transports.pick
+        )
+        exits.push_async_callback(self.service.fetcher.stop)
+        exits.push_async_callback(self.transports.stop)
+        await self.transports.start()
+        self.network.on_data_connection = self.transports.accept
+        self.network.on_peer_change = self._on_peer_change
+        await self.network.start()
+        exits.push_async_callback(self.network.stop)
+        self.engines = EngineServer(
+            self.service,
+            path=config.socket_path,
+            epoch=self.identity.epoch,
+            connections_max=config.engine.connections_max,
+            in_flight_max=config.engine.in_flight_max,
+            regions_max=config.engine.regions_max,
+        )
+        await self.engines.start()
+        exits.push_async_callback(self.engines.stop)
+
+        self.http_port = 0
+        if http_server is not None:
+            http = http_server(self)
+            await http.start()
+            exits.push_async_callback(http.stop)
+            self.http_port = http.port
+        self._tell_card()
+        ticking = asyncio.get_running_loop().create_task(self._tick())
+        exits.callback(ticking.cancel)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.service.tick()
+
+    def _tell_card(self) -> None:
+        """Tell peers what this node keeps and how it can be read now."""
+        if not hasattr(self, "network"):
+            return
+        http = self.config.http
+        card = msgspec.structs.replace(
+            self.network.card,
+            http=f"{http.host}:{self.http_port}" if getattr(self, "http_port", 0) else "",
+            layouts=self.service.layouts,
+            transports=self.transports.names(),
+        )
+        self.network.set_card(card)
+
+    def _on_peer_change(self, peer: PeerView) -> None:
+        if not peer.alive:
+            self.transports.peer_gone(int(peer.node))
+
+    def request_stop(self) -> None:
+        """Make :meth:`run` end; safe from a signal handler."""
+        self._stopped.set()
+
+    async def run(self) -> None:
+        """Start, wait for :meth:`request_stop`, stop."""
+        await self.start()
+        try:
+            await self._stopped.wait()
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Drain and close; bounded by :data:`DRAIN_S` and some."""
+        self.ready = False
+        self.draining = self.engines.draining = True
+        log.info("draining")
+        self.network.leave()
+        deadline = time.monotonic() + DRAIN_S
+        while time.monotonic() < deadline and (self.engines.in_flight or self._leases()):
+            await asyncio.sleep(0.02)
+        await self._exits.aclose()
+        log.info("stopped")
+
+    def _leases(self) -> int:
+        self.store.expire(time.monotonic())
+        return self.store.stats().leases

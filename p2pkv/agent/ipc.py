@@ -1,0 +1,492 @@
+"""The Unix socket that engines connect to: framing, descriptors, one task per request that has to wait.
+
+Each connection is an engine (or one of its processes). What it opened and mapped lasts as long as the connection;
+leases it did not give back run out by themselves, because its process may still be reading the arena.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import socket
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from p2pkv.agent.regions import MappedRegion
+from p2pkv.agent.service import CacheService, Ready
+from p2pkv.errors import Busy, ConfigError, InvalidArgument, LayoutMismatch, P2PKVError, RemoteProtocolError
+from p2pkv.types import Layout
+from p2pkv.wire.engine import (
+    CODEC,
+    Attach,
+    EngineError,
+    Get,
+    Got,
+    Load,
+    MapRegion,
+    MatchKeys,
+    Ok,
+    Open,
+    Opened,
+    ReleaseLease,
+    Store,
+    UnmapRegion,
+)
+from p2pkv.wire.engine import (
+    Ready as ReadyMessage,
+)
+from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, Frame, FrameDecoder
+
+log = logging.getLogger(__name__)
+
+RECV_BYTES: Final = 256 << 10
+FDS_MAX: Final = 8
+SEND_QUEUE_BYTES_MAX: Final = 16 << 20
+"""Answers that an engine does not read; beyond it the engine is disconnected."""
+DEADLINE_MS_MAX: Final = 600_000
+
+
+class EngineServer:
+    """Listens on the Unix socket. ``start`` and ``stop`` once each, on the event loop."""
+
+    def __init__(
+        self,
+        service: CacheService,
+        *,
+        path: str,
+        epoch: int,
+        connections_max: int,
+        in_flight_max: int,
+        regions_max: int,
+    ) -> None:
+        self.service = service
+        self.path = path
+        self.epoch = epoch
+        self.in_flight_max = in_flight_max
+        self.regions_max = regions_max
+        self.draining = False
+        self.connections: set[EngineConnection] = set()
+        self.refused = 0
+        self.protocol_errors = 0
+        self._connections_max = connections_max
+        self._listener: socket.socket | None = None
+
+    async def start(self) -> None:
+        """Bind the socket (mode 0600) and listen.
+
+        Raises:
+            ConfigError: another agent listens there, or the path cannot be used.
+        """
+        path = Path(self.path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._remove_stale(path)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+            listener.bind(self.path)
+            os.chmod(self.path, 0o600)
+            listener.listen(128)
+        except OSError as error:
+            raise ConfigError(
+                "cannot listen for engines",
+                socket=self.path,
+                reason=error.strerror or error,
+                hint="Set engine.socket (or P2PKV_SOCKET) to a path of at most 107 bytes that this user may create.",
+            ) from error
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
+
+    @staticmethod
+    def _remove_stale(path: Path) -> None:
+        """Remove a socket that nobody listens on any more; leave everything else alone."""
+        try:
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise ConfigError("the engine socket's path is taken by something that is not a socket", path=path)
+        except FileNotFoundError:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+                return
+            except BlockingIOError:
+                pass
+        raise ConfigError(
+            "another agent listens on the engine socket",
+            socket=path,
+            hint="Give each agent an engine.socket of its own.",
+        )
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            log.error("cannot accept an engine: %s", error)  # out of descriptors: the next attempt may succeed
+            return
+        sock.setblocking(False)
+        if len(self.connections) >= self._connections_max:
+            self.refused += 1
+            sock.close()
+            return
+        connection = EngineConnection(self, sock)
+        self.connections.add(connection)
+        connection.start()
+
+    async def stop(self) -> None:
+        """Stop listening, disconnect everybody, wait until no job uses an engine's memory."""
+        loop = asyncio.get_running_loop()
+        if self._listener is not None:
+            loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+            Path(self.path).unlink(missing_ok=True)
+        connections = list(self.connections)
+        for connection in connections:
+            connection.close()
+        await asyncio.gather(*(connection.closed() for connection in connections))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being worked on, over all connections."""
+        return sum(connection.in_flight for connection in self.connections)
+
+
+class EngineConnection:
+    """One engine's connection."""
+
+    def __init__(self, server: EngineServer, sock: socket.socket) -> None:
+        self._server = server
+        self._service = server.service
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._decoder = FrameDecoder()
+        self._fds: deque[int] = deque()
+        self._out = bytearray()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._layouts: dict[int, Layout] = {}
+        self._regions: dict[int, MappedRegion] = {}
+        self._attached: Attach | None = None
+        self._closed = False
+        self._cleanup: asyncio.Task[None] | None = None
+        self._hangup = select.poll()
+        self._hangup.register(sock, select.POLLRDHUP | select.POLLHUP)
+        self._handlers: dict[type[msgspec.Struct], Callable[[Any, int], None]] = {
+            Open: self._on_open,
+            MapRegion: self._on_map,
+            UnmapRegion: self._on_unmap,
+            MatchKeys: self._on_match,
+            Get: self._on_get,
+            ReleaseLease: self._on_release,
+            Store: self._on_store,
+            Load: self._on_load,
+        }
+
+    @property
+    def name(self) -> str:
+        """What the engine calls itself."""
+        return self._attached.name if self._attached else "?"
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being worked on."""
+        return len(self._tasks)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._loop.add_reader(self._sock.fileno(), self._on_readable)
+
+    def still_there(self) -> bool:
+        """Whether the engine has not closed the connection, asked of the kernel rather than of what was read so far."""
+        return not self._closed and not self._hangup.poll(0)
+
+    def close(self) -> None:
+        """Disconnect; jobs under way end by themselves and publish nothing that they finish from now on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._hangup.unregister(self._sock)
+        self._sock.close()
+        while self._fds:
+            os.close(self._fds.popleft())
+        for layout in self._layouts.values():
+            self._service.close(layout)
+        self._layouts.clear()
+        for task in self._tasks:
+            task.cancel()
+        self._cleanup = self._loop.create_task(self._unmap_all())
+
+    async def closed(self) -> None:
+        """Wait until everything of the connection has been given back."""
+        if self._cleanup is not None:
+            await self._cleanup
+
+    async def _unmap_all(self) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for region in self._regions.values():
+            await region.close()
+        self._regions.clear()
+        self._server.connections.discard(self)
+
+    # --- frames in ---
+
+    def _on_readable(self) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._sock, RECV_BYTES, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data, fds = b"", []
+        self._fds.extend(fds)
+        if not data:
+            self.close()
+            return
+        try:
+            for frame in self._decoder.feed(data):
+                self._on_frame(frame)
+                if self._closed:
+                    return
+        except RemoteProtocolError as error:
+            self._server.protocol_errors += 1
+            log.warning("engine %s is disconnected: %s", self.name, error)
+            self._send_error(0, "protocol", str(error))
+            self.close()
+            return
+        while len(self._fds) > 1:  # descriptors that no MAP_REGION asked for
+            os.close(self._fds.popleft())
+
+    def _on_frame(self, frame: Frame) -> None:
+        message = CODEC.decode(frame)
+        if self._attached is None:
+            if not isinstance(message, Attach):
+                raise RemoteProtocolError("the first message must be ATTACH", got=type(message).__name__)
+            self._on_attach(message, frame.request_id)
+            return
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise RemoteProtocolError("not a request", got=type(message).__name__)
+        try:
+            if self._server.draining and not isinstance(message, ReleaseLease | UnmapRegion):
+                raise Busy("the agent is shutting down")
+            if len(self._tasks) >= self._server.in_flight_max:
+                raise Busy("too many requests in flight", limit=self._server.in_flight_max)
+            handler(message, frame.request_id)
+        except P2PKVError as error:
+            self._refuse(frame.request_id, error)
+        except Exception as error:  # a bug here: this engine loses its connection, everybody else goes on
+            log.exception("a request of engine %s failed: %r", self.name, error)
+            self.close()
+
+    def _on_attach(self, message: Attach, request_id: int) -> None:
+        if not message.protocol_min <= PROTOCOL_MAX or not message.protocol_max >= PROTOCOL_MIN:
+            raise RemoteProtocolError("no common protocol version", engine=message.protocol_max, agent=PROTOCOL_MAX)
+        self._attached = message
+        service = self._service
+        ready = ReadyMessage(
+            min(PROTOCOL_MAX, message.protocol_max),
+            service.node,
+            self._server.epoch,
+            service.arena.capacity_bytes,
+            int(service.lease_ttl_s * 1000),
+        )
+        descriptor = service.arena.readonly_fd()
+        try:
+            socket.send_fds(self._sock, [CODEC.encode(ready, request_id)], [descriptor])
+        except OSError:
+            self.close()
+        finally:
+            os.close(descriptor)
+
+    # --- requests that are answered at once ---
+
+    def _on_open(self, message: Open, request_id: int) -> None:
+        if message.layout not in self._layouts.values():
+            namespace = self._service.open(message.layout)
+            self._layouts[namespace] = message.layout
+        self._send(Opened(message.layout.namespace), request_id)
+
+    def _on_map(self, message: MapRegion, request_id: int) -> None:
+        if not self._fds:
+            raise InvalidArgument("MAP_REGION came without a descriptor")
+        fd = self._fds.popleft()
+        try:
+            if message.region in self._regions:
+                raise InvalidArgument("the region's number is taken", region=message.region)
+            if len(self._regions) >= self._server.regions_max:
+                raise Busy("too many regions", limit=self._server.regions_max)
+            self._regions[message.region] = MappedRegion(fd, message)
+        finally:
+            os.close(fd)
+        self._send(Ok(), request_id)
+
+    def _on_unmap(self, message: UnmapRegion, request_id: int) -> None:
+        region = self._regions.pop(message.region, None)
+
+        async def unmap() -> None:
+            if region is not None:
+                await region.close()
+            self._send(Ok(), request_id)
+
+        self._spawn(unmap(), request_id)
+
+    def _on_match(self, message: MatchKeys, request_id: int) -> None:
+        self._check_namespace(message.namespace)
+        self._send(self._service.match(message.namespace, message.keys, detail=message.detail), request_id)
+
+    def _on_release(self, message: ReleaseLease, request_id: int) -> None:
+        self._service.store.release(message.lease, time.monotonic(), self)
+
+    # --- requests that may have to wait ---
+
+    def _on_get(self, message: Get, request_id: int) -> None:
+        self._check_namespace(message.namespace)
+        asked_at = time.monotonic()
+        local = self._service.get_local(message.namespace, message.keys, self)
+        if local.indices or not local.more:
+            self._send_got(local, request_id, asked_at)
+        if local.more:
+            self._spawn(self._get_rest(message, request_id, local, asked_at), request_id)
+
+    async def _get_rest(self, message: Get, request_id: int, local: Ready, asked_at: float) -> None:
+        deadline_s = min(message.deadline_ms, DEADLINE_MS_MAX) / 1000
+        parts = self._service.get_rest(message.namespace, message.keys, local.indices, deadline_s, self)
+        async for ready in parts:
+            self._send_got(ready, request_id, asked_at)
+
+    def _send_got(self, ready: Ready, request_id: int, asked_at: float) -> None:
+        # Counted from when the request came: the engine counts from before it asked, so its end is never after ours.
+        waited = time.monotonic() - asked_at
+        ttl_s = self._service.lease_ttl_s + waited if ready.lease else 0.0
+        self._send(
+            Got(
+                ready.lease,
+                int(ttl_s * 1000),
+                ready.indices,
+                bytes(ready.statuses),
+                bytes(ready.sources),
+                ready.extents,
+                ready.more,
+            ),
+            request_id,
+        )
+
+    def _on_store(self, message: Store, request_id: int) -> None:
+        region = self._check_job(message)
+
+        async def store() -> None:
+            deadline_s = min(message.deadline_ms, DEADLINE_MS_MAX) / 1000
+            done = await self._service.store_blocks(
+                message.namespace, message.keys, region, message.slots, deadline_s, self.still_there
+            )
+            self._send(done, request_id)
+
+        self._spawn(store(), request_id)
+
+    def _on_load(self, message: Load, request_id: int) -> None:
+        region = self._check_job(message)
+
+        async def load() -> None:
+            deadline_s = min(message.deadline_ms, DEADLINE_MS_MAX) / 1000
+            done = await self._service.load_blocks(
+                message.namespace, message.keys, region, message.slots, deadline_s, self
+            )
+            self._send(done, request_id)
+
+        self._spawn(load(), request_id)
+
+    def _check_namespace(self, namespace: int) -> Layout:
+        layout = self._layouts.get(namespace)
+        if layout is None:
+            raise InvalidArgument("the namespace has not been opened on this connection", namespace=f"{namespace:016x}")
+        return layout
+
+    def _check_job(self, message: Store | Load) -> MappedRegion:
+        layout = self._check_namespace(message.namespace)
+        region = self._regions.get(message.region)
+        if region is None:
+            raise InvalidArgument("no such region", region=message.region)
+        if len(message.slots) != len(message.keys):
+            raise InvalidArgument("as many slots as keys are needed", keys=len(message.keys), slots=len(message.slots))
+        if region.slot_bytes < layout.block_bytes:
+            raise InvalidArgument("the region's slots are smaller than a block", slot=region.slot_bytes)
+        region.addresses(message.slots)
+        return region
+
+    def _spawn(self, work: Coroutine[Any, Any, None], request_id: int) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except P2PKVError as error:
+                self._refuse(request_id, error)
+
+        task = self._loop.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a request of engine %s failed: %r", self.name, error, exc_info=error)
+            self.close()  # its answer will never come: better lost than waited for
+
+    # --- frames out ---
+
+    def _refuse(self, request_id: int, error: P2PKVError) -> None:
+        fields: tuple[str, ...] = ()
+        code = "internal"
+        if isinstance(error, LayoutMismatch):
+            code, fields = "layout", error.fields
+        elif isinstance(error, InvalidArgument):
+            code = "invalid"
+        elif isinstance(error, Busy):
+            code = "draining" if self._server.draining else "busy"
+        self._send_error(request_id, code, str(error), list(fields))
+
+    def _send_error(self, request_id: int, code: str, text: str, fields: list[str] | None = None) -> None:
+        self._send(EngineError(code, text[:1000], fields or []), request_id)
+
+    def _send(self, message: msgspec.Struct, request_id: int) -> None:
+        if self._closed:
+            return
+        data = CODEC.encode(message, request_id)
+        if not self._out:
+            try:
+                sent = self._sock.send(data, socket.MSG_NOSIGNAL)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError:
+                self.close()
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+            self._loop.add_writer(self._sock.fileno(), self._on_writable)
+        self._out += data
+        if len(self._out) > SEND_QUEUE_BYTES_MAX:
+            log.warning("engine %s does not read its answers and is disconnected", self.name)
+            self.close()
+
+    def _on_writable(self) -> None:
+        try:
+            sent = self._sock.send(self._out, socket.MSG_NOSIGNAL)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.close()
+            return
+        del self._out[:sent]
+        if not self._out:
+            self._loop.remove_writer(self._sock.fileno())

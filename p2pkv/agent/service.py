@@ -1,0 +1,418 @@
+"""What the agent does for engines and peers, apart from how they are spoken to: match, get, store, load, pin.
+
+Composes the store, the index, the fetcher and the copy threads. Runs on the event loop's thread; bytes move on native
+threads. Nothing here knows sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from array import array
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+
+from p2pkv.agent.regions import MappedRegion
+from p2pkv.errors import Busy, InvalidArgument, LayoutMismatch
+from p2pkv.index.ownership import OwnershipLog
+from p2pkv.index.prefix import PrefixIndex
+from p2pkv.store.arena import Arena
+from p2pkv.store.base import Block, Reservation
+from p2pkv.store.dram import DramStore
+from p2pkv.transport.base import Held, HeldBlock
+from p2pkv.transport.fetch import Fetcher
+from p2pkv.transport.movers import Movers, Work
+from p2pkv.types import Extent, Layout, Status, Tier, index_key, namespace_salt
+from p2pkv.wire.engine import Done, Matched, NodeMatch, Source
+
+log = logging.getLogger(__name__)
+
+SELF_SLOT: Final = 0
+"""The index's slot of this node's own blocks."""
+
+GRACE_S: Final = 0.02
+"""A fetch that has used its deadline up may take this much longer to say so."""
+
+
+class Ready(NamedTuple):
+    """Blocks of one request that are settled: held in the arena under ``lease``, or known not to come."""
+
+    lease: int
+    indices: list[int]
+    statuses: list[Status]
+    sources: list[Source]
+    extents: list[Extent]
+    more: bool
+
+
+class ServiceStats(msgspec.Struct):
+    """Counters since the start, in blocks and bytes."""
+
+    hits_local: int = 0
+    hits_peer: int = 0
+    misses: int = 0
+    bytes_local: int = 0
+    bytes_peer: int = 0
+    stored: int = 0
+    stored_again: int = 0
+    store_failed: int = 0
+    bytes_stored: int = 0
+    bytes_pinned_for_peers: int = 0
+    stores_discarded: int = 0
+
+
+class CacheService:
+    """See the module's docstring.
+
+    Args:
+        members: slot of the index -> node id, for answers that name nodes.
+        on_layouts: called when the set of layouts in use has changed, so that the node's card can be told again.
+    """
+
+    def __init__(
+        self,
+        *,
+        node: int,
+        store: DramStore,
+        arena: Arena,
+        index: PrefixIndex,
+        ownership: OwnershipLog,
+        movers: Movers,
+        lease_ttl_s: float,
+        slot_node: Callable[[int], int | None],
+        on_layouts: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.node = node
+        self.store = store
+        self.arena = arena
+        self.index = index
+        self.ownership = ownership
+        self.movers = movers
+        self.lease_ttl_s = lease_ttl_s
+        self.fetcher: Fetcher[Reservation] | None = None  # set once the cell is joined; without it every remote block is a miss
+        self.stats = ServiceStats()
+        self._slot_node = slot_node
+        self._on_layouts = on_layouts
+        self._clock = clock
+        self._open: Counter[Layout] = Counter()  # layouts that live engines use
+
+    # --- layouts ---
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Layouts that the store has blocks or engines for."""
+        return self.store.layouts()
+
+    def open(self, layout: Layout) -> int:
+        """An engine begins to use a layout; returns its namespace.
+
+        Raises:
+            LayoutMismatch: a live engine of this node keeps the same cache with another layout.
+            InvalidArgument: the layout is impossible, or does not fit the arena.
+        """
+        if problems := layout.problems():
+            raise InvalidArgument("the layout is impossible: " + "; ".join(problems))
+        for other in self._open:
+            if fields := layout.conflicts(other):
+                said = ", ".join(f"{f} is {getattr(layout, f)!r}, but {getattr(other, f)!r} there" for f in fields)
+                raise LayoutMismatch(
+                    f"another engine of this node keeps this cache with another layout: {said}",
+                    fields=fields,
+                    hint="Start both engines with the same settings, or tell them apart by revision or tenant.",
+                )
+        known = layout in self.layouts
+        namespace = self.store.register(layout)
+        self._open[layout] += 1
+        if not known:
+            self._on_layouts()
+        return namespace
+
+    def close(self, layout: Layout) -> None:
+        """An engine has gone. Its blocks stay."""
+        self._open[layout] -= 1
+        if self._open[layout] <= 0:
+            del self._open[layout]
+
+    # --- for peers (BlockSource) ---
+
+    def pin(self, namespace: int, hashes: Sequence[bytes], ttl_s: float, holder: int) -> Held:
+        """Hold blocks for a peer; see :class:`p2pkv.transport.base.BlockSource`."""
+        pinned = self.store.pin(namespace, hashes, ttl_s, self._clock(), ("peer", holder))
+        if pinned.considered < len(hashes) and not pinned.lease_id:
+            raise Busy("this peer holds as much as it may", node=f"{holder:016x}")
+        blocks = [None if b is None else HeldBlock(b.offset, b.length, b.generation, b.checksum) for b in pinned.blocks]
+        return Held(pinned.lease_id, pinned.ttl_s, blocks)
+
+    def release(self, lease: int) -> bool:
+        """End a peer's lease; True when it was in force all along."""
+        return self.store.release(lease, self._clock())
+
+    # --- for the fetcher (Landing) ---
+
+    def reserve(self, namespace: int, key: bytes) -> Reservation | Status:
+        """A slot for a block that is about to be pulled."""
+        return self.store.reserve(namespace, key, self._clock())
+
+    def commit(self, place: Reservation, checksum: bytes) -> None:
+        """A pulled block is proven: it is ours now."""
+        self.store.commit(place, checksum, self._clock())
+        self._publish()
+
+    def abort(self, place: Reservation) -> None:
+        """A pulled block did not come."""
+        self.store.abort(place)
+        self._publish()
+
+    def quarantine(self, place: Reservation, token: tuple[str, int]) -> None:
+        """A pulled block did not come, but its bytes still may."""
+        self.store.quarantine(place, token)
+
+    def clear_quarantine(self, token: tuple[str, int]) -> None:
+        """Nothing can land any more in what was quarantined under this token."""
+        self.store.clear_quarantine(token)
+
+    # --- index ---
+
+    def holders(self, namespace: int, hashes: Sequence[bytes]) -> list[list[int]]:
+        """Per hash the live peers that hold it, by the local index."""
+        found = self.index.holders(self._keys(namespace, hashes))
+        out = []
+        for per_key in found:
+            nodes = (self._slot_node(holder.node) for holder in per_key if holder.node != SELF_SLOT)
+            out.append([node for node in nodes if node is not None])
+        return out
+
+    def match(self, namespace: int, hashes: Sequence[bytes], *, detail: bool) -> Matched:
+        """Who holds how much of a chain; no network."""
+        keys = self._keys(namespace, hashes)
+        local = [block is not None for block in self.store.lookup_many(namespace, hashes)]
+        anywhere = self.index.contains_any(keys)
+        present = bytes(
+            Source.LOCAL if here else (Source.PEER if there else Source.NONE)
+            for here, there in zip(local, anywhere, strict=True)
+        )
+        nodes: list[NodeMatch] = []
+        if detail:
+            for row in self.index.match(keys):
+                node = self.node if row.node == SELF_SLOT else self._slot_node(row.node)
+                if node is not None:
+                    nodes.append(NodeMatch(int(node), row.depth, *row.by_tier))
+        return Matched(present, _prefix(local), _prefix(present), nodes)
+
+    def _keys(self, namespace: int, hashes: Sequence[bytes]) -> array[int]:
+        salt = namespace_salt(namespace)
+        return array("Q", [int.from_bytes(h[:8], "little") ^ salt for h in hashes])
+
+    # --- engines: get ---
+
+    def get_local(self, namespace: int, keys: Sequence[bytes], holder: Hashable) -> Ready:
+        """Hold what is here. ``more`` is True when something is not: :meth:`get_rest` goes on with that."""
+        pinned = self.store.pin(namespace, keys, self.lease_ttl_s, self._clock(), holder)
+        indices, extents = [], []
+        for i, block in enumerate(pinned.blocks):
+            if block is not None:
+                indices.append(i)
+                extents.append(Extent(block.offset, block.length))
+        self.stats.hits_local += len(indices)
+        self.stats.bytes_local += sum(extent.length for extent in extents)
+        n = len(indices)
+        return Ready(pinned.lease_id, indices, [Status.OK] * n, [Source.LOCAL] * n, extents, n < len(keys))
+
+    async def get_rest(
+        self, namespace: int, keys: Sequence[bytes], have: Sequence[int], deadline_s: float, holder: Hashable
+    ) -> AsyncIterator[Ready]:
+        """Pull what :meth:`get_local` did not find; yields blocks as they are proven, misses as they are known."""
+        here = set(have)
+        missing = [i for i in range(len(keys)) if i not in here]
+        settled: list[tuple[int, Status]] = []
+        arrived = asyncio.Event()
+
+        def on_fetched(position: int, status: Status) -> None:
+            settled.append((missing[position], status))
+            arrived.set()
+
+        task: asyncio.Task[None] | None = None
+        if self.fetcher is None:
+            settled = [(i, Status.MISS) for i in missing]
+            arrived.set()
+        else:
+            wanted = [keys[i] for i in missing]
+            task = asyncio.ensure_future(self.fetcher.fetch(namespace, wanted, deadline_s, on_fetched))
+            task.add_done_callback(lambda _: arrived.set())
+        left = len(missing)
+        try:
+            while left:
+                await arrived.wait()
+                arrived.clear()
+                batch, settled[:] = list(settled), []
+                if not batch and task is not None and task.done():
+                    task.result()  # every block is reported before the fetch ends: raises what kept it from that
+                    return
+                left -= len(batch)
+                if batch:
+                    yield self._settle(namespace, keys, batch, holder, more=left > 0)
+        finally:
+            if task is not None and not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    def _settle(
+        self, namespace: int, keys: Sequence[bytes], batch: list[tuple[int, Status]], holder: Hashable, *, more: bool
+    ) -> Ready:
+        came = [i for i, status in batch if status is Status.OK]
+        pinned = self.store.pin(namespace, [keys[i] for i in came], self.lease_ttl_s, self._clock(), holder)
+        blocks: dict[int, Block | None] = dict(zip(came, pinned.blocks, strict=True))
+        ready = Ready(pinned.lease_id, [], [], [], [], more)
+        for i, status in batch:
+            block = blocks.get(i)
+            if block is not None:
+                self.stats.hits_peer += 1
+                self.stats.bytes_peer += block.length
+            else:
+                self.stats.misses += 1
+                status = Status.BUSY if status is Status.OK else status  # it came, and had to go again
+            ready.indices.append(i)
+            ready.statuses.append(status)
+            ready.sources.append(Source.NONE if block is None else Source.PEER)
+            ready.extents.append(Extent(0, 0) if block is None else Extent(block.offset, block.length))
+        return ready
+
+    # --- engines: regions ---
+
+    async def store_blocks(
+        self,
+        namespace: int,
+        keys: Sequence[bytes],
+        region: MappedRegion,
+        slots: Sequence[int],
+        deadline_s: float,
+        still_there: Callable[[], bool],
+    ) -> Done:
+        """Copy slots of a region into the store.
+
+        ``still_there``: whether the engine still waits. Once it does not, its slots may have changed under the copy,
+        and nothing of it is published.
+        """
+        addresses = region.addresses(slots)
+        statuses = [Status.EXISTS] * len(keys)
+        places: list[tuple[int, Reservation]] = []
+        for i, key in enumerate(keys):
+            place = self.reserve(namespace, key)
+            if isinstance(place, Status):
+                statuses[i] = place
+            else:
+                places.append((i, place))
+        base = self.arena.base_address
+        items = [(base + place.offset, addresses[i], place.length) for i, place in places]
+        committed = 0
+        try:
+            with region:
+                copied = await self.movers.copy(Work.COPY_HASH, items, deadline_s=max(0.0, deadline_s))
+            engine_waits = still_there()
+            for n, (i, place) in enumerate(places):
+                if copied.ok[n] and engine_waits:
+                    self.store.commit(place, copied.digest(n), self._clock())
+                    statuses[i] = Status.OK
+                    self.stats.bytes_stored += place.length
+                else:
+                    self.store.abort(place)
+                    statuses[i] = Status.INVALID if engine_waits else Status.LOST
+                    self.stats.stores_discarded += 1
+                committed += 1
+        finally:
+            for _, place in places[committed:]:
+                self.store.abort(place)
+            self._publish()
+        counts = Counter(statuses)
+        self.stats.stored += counts[Status.OK]
+        self.stats.stored_again += counts[Status.EXISTS]
+        self.stats.store_failed += len(keys) - counts[Status.OK] - counts[Status.EXISTS]
+        return Done(bytes(statuses), bytes(len(keys)), 0, 0)
+
+    async def load_blocks(
+        self,
+        namespace: int,
+        keys: Sequence[bytes],
+        region: MappedRegion,
+        slots: Sequence[int],
+        deadline_s: float,
+        holder: Hashable,
+    ) -> Done:
+        """Write blocks into slots of a region; what arrives is copied while the rest is on its way."""
+        deadline = self._clock() + deadline_s
+        addresses = region.addresses(slots)
+        statuses = bytearray([Status.TIMEOUT]) * len(keys)
+        sources = bytearray(len(keys))
+        moved = {Source.LOCAL: 0, Source.PEER: 0, Source.NONE: 0}
+
+        async def copy_out(ready: Ready) -> None:
+            """Copy one batch; statuses count only once the bytes are in the region."""
+            base = self.arena.base_address
+            good = [n for n, status in enumerate(ready.statuses) if status is Status.OK]
+            try:
+                items = [
+                    (addresses[ready.indices[n]], base + ready.extents[n].offset, ready.extents[n].length) for n in good
+                ]
+                with region:
+                    copied = await self.movers.copy(Work.COPY, items, deadline_s=max(0.0, deadline - self._clock()))
+            finally:
+                held = not ready.lease or self.store.release(ready.lease, self._clock())
+            for n, i in enumerate(ready.indices):
+                statuses[i] = ready.statuses[n]
+            for position, n in enumerate(good):
+                i = ready.indices[n]
+                if not held:
+                    statuses[i] = Status.TIMEOUT  # the lease ran out under the copy: the slot may be another's now
+                elif not copied.ok[position]:
+                    statuses[i] = Status.TIMEOUT if self._clock() >= deadline else Status.INVALID
+                else:
+                    sources[i] = ready.sources[n]
+                    moved[ready.sources[n]] += ready.extents[n].length
+
+        with region:
+            local = self.get_local(namespace, keys, holder)
+            copies = [asyncio.ensure_future(copy_out(local))] if local.indices else []
+            try:
+                if local.more:
+                    async for ready in self.get_rest(namespace, keys, local.indices, deadline_s, holder):
+                        copies.append(asyncio.ensure_future(copy_out(ready)))
+            finally:
+                await asyncio.gather(*copies)
+        return Done(bytes(statuses), bytes(sources), moved[Source.LOCAL], moved[Source.PEER])
+
+    # --- ownership ---
+
+    def _publish(self) -> None:
+        """Pass what the store did to the ownership log and to our own slot of the index."""
+        events = self.store.take_events()
+        if not events:
+            return
+        now = self._clock()
+        by_tier: dict[Tier, list[int]] = {}
+        for key, tier in dict(events).items():  # the last word on each key
+            by_tier.setdefault(tier, []).append(key)
+        for tier, keys in by_tier.items():
+            self.ownership.record(keys, tier, now, urgent=tier is Tier.GONE)
+            self.index.apply(SELF_SLOT, array("Q", keys), tier)
+
+    def tick(self) -> None:
+        """Once a second or so: end leases that are over, publish what that freed."""
+        self.store.expire(self._clock())
+        self._publish()
+
+    def key_of(self, namespace: int, block_hash: bytes) -> int:
+        """A block's key in the index."""
+        return index_key(namespace, block_hash)
+
+
+def _prefix(flags: Sequence[int | bool]) -> int:
+    """How many of them are truthy from the beginning."""
+    for i, flag in enumerate(flags):
+        if not flag:
+            return i
+    return len(flags)

@@ -1,0 +1,159 @@
+"""Which transports this agent runs, and which one a pull from a given peer goes over.
+
+``auto``: NIXL where there is an RDMA device; between two agents of one host the faster of the two as measured at start;
+TCP otherwise (NIXL's own TCP is slower than ours, see ``docs/architecture.md``).
+``tcp`` and ``nixl`` force one; a peer that does not offer it is read over TCP, which every agent offers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from p2pkv.agent.same_host import nixl_is_faster
+from p2pkv.agent.service import CacheService
+from p2pkv.config import Transport as TransportSettings
+from p2pkv.config import parse_size
+from p2pkv.errors import TransportUnavailable
+from p2pkv.gossip.driver import PeerNetwork
+from p2pkv.store.arena import Arena
+from p2pkv.transport.base import Transport
+from p2pkv.transport.movers import Movers
+from p2pkv.transport.nixl import NixlTransport
+from p2pkv.transport.nixl_process import NixlOptions
+from p2pkv.transport.tcp import TcpTransport
+from p2pkv.wire.peer import Hello
+
+log = logging.getLogger(__name__)
+
+STOP_S: Final = 3.0
+
+
+def has_rdma() -> bool:
+    """Whether the kernel knows an RDMA device."""
+    devices = Path("/sys/class/infiniband")
+    return devices.is_dir() and any(devices.iterdir())
+
+
+class Transports:
+    """See the module's docstring. Lives on the event loop."""
+
+    def __init__(
+        self,
+        *,
+        settings: TransportSettings,
+        node: int,
+        epoch: int,
+        movers: Movers,
+        arena: Arena,
+        service: CacheService,
+        network: PeerNetwork,
+        lease_ttl_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._network = network
+        self.tcp = TcpTransport(
+            movers=movers,
+            arena=arena,
+            source=service,
+            open_data=network.open_data,
+            streams=settings.streams,
+            stream_bytes=parse_size(settings.stream_bytes, key="transport.stream_bytes"),
+            idle_connections=settings.idle_connections,
+            stall_s=settings.stall_ms / 1000,
+            lease_ttl_s=lease_ttl_s,
+        )
+        ucx = {}
+        if settings.nixl_devices:
+            ucx["UCX_NET_DEVICES"] = settings.nixl_devices
+        if settings.nixl_tls:
+            ucx["UCX_TLS"] = settings.nixl_tls
+        self._nixl = NixlTransport(
+            arena=arena,
+            source=service,
+            network=network,
+            node=node,
+            epoch=epoch,
+            options=NixlOptions(
+                ucx=ucx,
+                quarantine_bytes_max=parse_size(
+                    settings.quarantine, key="transport.quarantine", percent_of=arena.capacity_bytes
+                ),
+                quarantine_s=settings.quarantine_s,
+            ),
+            lease_ttl_s=lease_ttl_s,
+            on_clear=lambda token: service.clear_quarantine(("nixl", token)),
+            on_endpoint=on_change,
+        )
+        self.nixl: NixlTransport | None = None
+        """The NIXL transport, while this agent runs it."""
+        self.why_no_nixl = "transport.kind is tcp"
+        self._rdma = has_rdma()
+        self._same_host_nixl = False
+
+    async def start(self) -> None:
+        """Start what the settings ask for.
+
+        Raises:
+            TransportUnavailable: ``transport.kind`` is nixl and it does not run on this host.
+        """
+        await self.tcp.start()
+        kind = self._settings.kind
+        if kind == "tcp":
+            return
+        if kind == "auto" and not self._rdma:
+            self._same_host_nixl = nixl_is_faster()
+            if not self._same_host_nixl:
+                self.why_no_nixl = "no RDMA device, and TCP is faster between agents of this host"
+                return
+        try:
+            await self._nixl.start()
+        except TransportUnavailable as error:
+            self.why_no_nixl = error.message
+            if kind == "nixl":
+                raise
+            log.info("no NIXL, so TCP it is: %s", error)
+            return
+        self.nixl, self.why_no_nixl = self._nixl, ""
+
+    async def stop(self) -> None:
+        """Stop all; bounded."""
+        async with asyncio.timeout(STOP_S):
+            await self.tcp.stop()
+            if self.nixl is not None:
+                await self.nixl.stop()
+
+    def pick(self, node: int) -> Transport:
+        """The transport for a pull from this node, now."""
+        if self.nixl is None or not self.nixl.ready:
+            return self.tcp
+        peer = self._network.peer(node)
+        if peer is None or "nixl" not in peer.card.transports:
+            return self.tcp
+        if self._settings.kind == "nixl" or self._rdma:
+            return self.nixl
+        same_host = peer.card.host_id == self._network.card.host_id
+        return self.nixl if same_host and self._same_host_nixl else self.tcp
+
+    def names(self) -> list[str]:
+        """What peers may read us over, for the card."""
+        return ["tcp", "nixl"] if self.nixl is not None and self.nixl.ready else ["tcp"]
+
+    def describe(self) -> str:
+        """For the log."""
+        return "+".join(self.names())
+
+    def accept(self, sock: socket.socket, hello: Hello, leftover: bytes) -> None:
+        """Serve a data connection."""
+        self.tcp.accept(sock, hello.card.node, leftover)
+
+    def peer_gone(self, node: int) -> None:
+        """Drop what is kept for a peer that is unreachable or has left."""
+        self.tcp.peer_gone(node)
+        if self.nixl is not None:
+            self.nixl.peer_gone(node)

@@ -1,0 +1,103 @@
+"""``p2pkv agent``: run the daemon in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from typing import Annotated
+
+import msgspec
+import typer
+
+from p2pkv import config as configuration
+from p2pkv.config import Config, Log
+from p2pkv.errors import ConfigError
+
+
+def agent(
+    config: Annotated[str | None, typer.Option(help="YAML file; P2PKV_CONFIG names one too.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set one key; repeatable.")
+    ] = None,
+    socket: Annotated[str | None, typer.Option(help="Unix socket for engines (engine.socket).")] = None,
+    capacity: Annotated[str | None, typer.Option(help='Arena: a size, or "25%" of free memory.')] = None,
+    seed: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="A member of the cell; repeatable.")
+    ] = None,
+    peer_port: Annotated[int | None, typer.Option(help="TCP port for peers; 0 = any.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="HTTP port; 0 = any.")] = None,
+    transport: Annotated[str | None, typer.Option(help="auto, tcp or nixl.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Allow peers beyond loopback without authentication.")] = False,
+    show_config: Annotated[bool, typer.Option(help="Print the effective configuration and exit.")] = False,
+) -> None:
+    """Run the agent of this node until SIGTERM or Ctrl-C."""
+    overrides: list[tuple[str, object]] = []
+    for pair in set_ or []:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise ConfigError("--set takes SECTION.FIELD=VALUE", got=pair)
+        overrides.append((key, value))
+    flags: dict[str, object] = {
+        "engine.socket": socket,
+        "store.capacity": capacity,
+        "peer.seeds": seed or None,
+        "peer.port": peer_port,
+        "http.port": http_port,
+        "transport.kind": transport,
+        "peer.insecure": insecure or None,
+    }
+    overrides += [(key, value) for key, value in flags.items() if value is not None]
+    settings = configuration.load(config, overrides=overrides)
+    if show_config:
+        print(json.dumps(msgspec.to_builtins(settings), indent=2))
+        return
+    set_up_logging(settings.log)
+    run(settings)
+
+
+def run(settings: Config) -> None:
+    """Run an agent until it is told to stop."""
+    import uvloop
+
+    from p2pkv.agent.daemon import Agent
+
+    async def main() -> None:
+        daemon = Agent(settings)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, daemon.request_stop)
+        await daemon.run()
+
+    uvloop.run(main())
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time in seconds, level, logger, message, and the traceback where there is one."""
+        entry = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def set_up_logging(settings: Log) -> None:
+    """Log to standard error, as text or JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    if settings.format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        formatter = logging.Formatter("%(asctime)s.%(msecs)03d %(levelname).1s %(name)s: %(message)s", "%H:%M:%S")
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)

@@ -1,0 +1,355 @@
+"""One namespace of the agent's store as an engine uses it: put, get, match, and regions of the engine's own memory.
+
+Bytes never travel through the socket. ``get_into`` copies out of the agent's arena, mapped read-only here, while the
+agent holds the blocks under a lease; ``put`` copies into a staging region that the agent reads; ``store`` and ``load``
+make the agent copy from and to the engine's own shared memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from p2pkv import _native
+from p2pkv.client.connection import Connection, Stream
+from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument, P2PKVError, Unavailable
+from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
+from p2pkv.wire.engine import (
+    Done,
+    Get,
+    Got,
+    Load,
+    MapRegion,
+    Matched,
+    MatchKeys,
+    Ok,
+    ReleaseLease,
+    Source,
+    Store,
+    UnmapRegion,
+)
+from p2pkv.wire.peer import KEYS_MAX
+
+if TYPE_CHECKING:
+    from p2pkv.client.client import AgentClient
+
+PAGE: Final = 4096
+DEADLINE_MS: Final = 2_000
+STAGING_BYTES: Final = 32 << 20
+"""Per cache, allocated at the first put: enough that one copy hides behind the other."""
+
+_STORED: Final = frozenset({Status.OK, Status.EXISTS})
+
+
+class Match(NamedTuple):
+    """Who holds how much of a chain. Counts are blocks from the beginning without a hole.
+
+    ``local``: in this agent's store. ``anywhere``: by the best use of every live holder. ``nodes``: per node id (as 16
+    hexadecimal digits) the depth in any tier (``Tier.GONE``) and in each.
+    """
+
+    local: int
+    anywhere: int
+    present: list[str | None]
+    nodes: dict[str, dict[Tier, int]]
+
+
+class Cache:
+    """Made by :meth:`AgentClient.open`. Thread-safe.
+
+    Keys are the engine's block hashes (8 to 64 bytes); buffers are anything with a contiguous buffer of exactly
+    ``layout.block_bytes`` bytes: bytearray, memoryview, numpy arrays, torch CPU tensors.
+    """
+
+    def __init__(self, client: AgentClient, layout: Layout, namespace: int) -> None:
+        self._client = client
+        self.layout = layout
+        self.namespace = namespace
+        self._staging_lock = threading.Lock()
+        self._staging: _Staging | None = None
+
+    # --- blocking ---
+
+    def put(self, keys: Sequence[bytes], buffers: Sequence[Any], *, deadline_ms: int = DEADLINE_MS) -> list[bool]:
+        """Copy blocks into the agent's store. True where the block is there afterwards (also if it already was).
+
+        The buffers are the caller's again on return. What does not fit, or is not done by the deadline, is False.
+
+        Raises:
+            InvalidArgument: keys or buffers are of the wrong number or size.
+            AgentUnavailable: no agent.
+        """
+        _check_keys(keys, buffers)
+        views = [_bytes_view(buffer, self.layout.block_bytes, writable=False) for buffer in buffers]
+        deadline = time.monotonic() + deadline_ms / 1000
+        stored: list[bool] = []
+        if not self._staging_lock.acquire(timeout=deadline_ms / 1000):
+            return [False] * len(keys)
+        try:
+            while len(stored) < len(keys):
+                first = len(stored)
+                try:
+                    stored += self._put_window(keys[first:], views[first:], deadline)
+                except DeadlineExceeded:
+                    break
+        finally:
+            self._staging_lock.release()
+        return stored + [False] * (len(keys) - len(stored))
+
+    def _put_window(self, keys: Sequence[bytes], views: Sequence[memoryview], deadline: float) -> list[bool]:
+        """Put as many of the blocks as fit into the staging region at once."""
+        connection = self._client.connection(deadline)
+        staging = self._staging
+        if staging is None:
+            staging = self._staging = _Staging(self, deadline)
+        count = min(len(keys), staging.region.slots)
+        for slot in range(count):
+            staging.fill(slot, views[slot])
+        left_ms = int(max(0.0, deadline - time.monotonic()) * 1000)
+        request = Store(self.namespace, list(keys[:count]), staging.region.number, list(range(count)), left_ms)
+        try:
+            answer = connection.request(request, deadline=deadline + 0.05)
+        except P2PKVError:
+            # The agent may still be reading: this memory is never written to again, a new one is made when needed.
+            self._staging = None
+            staging.region.forget()
+            raise
+        if not isinstance(answer, Done):
+            raise P2PKVError("unexpected answer to STORE", got=type(answer).__name__)
+        return [status in _STORED for status in answer.statuses]
+
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Any], deadline_ms: int = DEADLINE_MS) -> list[bool]:
+        """Read blocks, from this host or from peers, into the caller's buffers. True where the bytes are the block's.
+
+        Where it is False the buffer's contents are undefined. No agent, no holder, too slow: all are misses.
+
+        Raises:
+            InvalidArgument: keys or buffers are of the wrong number or size.
+        """
+        statuses = self.get_statuses(keys, buffers, deadline_ms)
+        return [status is Status.OK for status in statuses]
+
+    def get_statuses(
+        self, keys: Sequence[bytes], buffers: Sequence[Any], deadline_ms: int = DEADLINE_MS
+    ) -> list[Status]:
+        """Like :meth:`get_into`, saying why not."""
+        _check_keys(keys, buffers)
+        views = [_bytes_view(buffer, self.layout.block_bytes, writable=True) for buffer in buffers]
+        started = time.monotonic()
+        deadline = started + deadline_ms / 1000
+        statuses = [Status.TIMEOUT] * len(keys)
+        try:
+            connection = self._client.connection(deadline)
+            with Stream(connection, Get(self.namespace, list(keys), deadline_ms), deadline=deadline) as stream:
+                more = True
+                while more:
+                    part = stream.next()
+                    if not isinstance(part, Got):
+                        raise P2PKVError("unexpected answer to GET", got=type(part).__name__)
+                    self._copy_out(connection, part, views, statuses, started)
+                    more = part.more
+        except DeadlineExceeded:
+            pass
+        except Unavailable:
+            statuses = [s if s is Status.OK else Status.LOST for s in statuses]
+        return statuses
+
+    @staticmethod
+    def _copy_out(
+        connection: Connection,
+        part: Got,
+        views: Sequence[memoryview],
+        statuses: list[Status],
+        started: float,
+    ) -> None:
+        for i, index in enumerate(part.indices):
+            status = Status(part.statuses[i])
+            if status is Status.OK:
+                extent = part.extents[i]
+                source = connection.arena[extent.offset : extent.offset + extent.length]
+                if not _native.copy(views[index], source):
+                    status = Status.LOST
+            statuses[index] = status
+        if part.lease:
+            connection.notify(ReleaseLease(part.lease))
+            # The agent counts ttl_ms from when the request reached it, which was after `started`: if that much time has
+            # passed (this process was stopped), the slots may have been reused while they were copied.
+            if time.monotonic() - started >= part.ttl_ms / 1000:
+                for i, index in enumerate(part.indices):
+                    if part.statuses[i] == Status.OK:
+                        statuses[index] = Status.TIMEOUT
+
+    def match(self, keys: Sequence[bytes], *, deadline_ms: int = DEADLINE_MS) -> Match:
+        """Who holds this chain, by the agent's own index: no network.
+
+        Raises:
+            AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
+        """
+        _check_keys(keys)
+        deadline = time.monotonic() + deadline_ms / 1000
+        request = MatchKeys(self.namespace, list(keys), True)
+        answer = self._client.connection(deadline).request(request, deadline=deadline)
+        if not isinstance(answer, Matched):
+            raise P2PKVError("unexpected answer to MATCH", got=type(answer).__name__)
+        nodes = {
+            f"{row.node:016x}": {
+                Tier.GONE: row.depth,
+                Tier.HBM: row.depth_hbm,
+                Tier.DRAM: row.depth_dram,
+                Tier.SSD: row.depth_ssd,
+                Tier.SHARED: row.depth_shared,
+            }
+            for row in answer.nodes
+        }
+        names = {Source.NONE: None, Source.LOCAL: "local", Source.PEER: "peer"}
+        return Match(answer.local, answer.anywhere, [names[Source(s)] for s in answer.present], nodes)
+
+    def map_region(
+        self, fd: int, *, slots: int, slot_bytes: int = 0, offset: int = 0, deadline_ms: int = DEADLINE_MS
+    ) -> Region:
+        """Let the agent read and write the engine's own shared memory (a memfd, a file in /dev/shm), by descriptor.
+
+        Slot ``i`` is the ``layout.block_bytes`` bytes at ``offset + i * slot_bytes``. The descriptor is duplicated.
+
+        Raises:
+            InvalidArgument: the file is smaller than that, or a slot is smaller than a block.
+            AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
+        """
+        slot_bytes = slot_bytes or self.layout.block_bytes
+        if slot_bytes < self.layout.block_bytes:
+            raise InvalidArgument("a slot is smaller than a block", slot=slot_bytes, block=self.layout.block_bytes)
+        deadline = time.monotonic() + deadline_ms / 1000
+        connection = self._client.connection(deadline)
+        region = Region(self._client, os.dup(fd), offset, slot_bytes, slots)
+        try:
+            region.announce(connection, deadline)
+        except P2PKVError:
+            region.forget()
+            raise
+        return region
+
+    # --- jobs: never wait ---
+
+    def submit_match(self, keys: Sequence[bytes], *, deadline_ms: int = DEADLINE_MS) -> int:
+        """Ask who holds these blocks; the answer comes out of :meth:`AgentClient.poll`.
+
+        Raises (all three submits):
+            Busy: too much is unanswered. AgentUnavailable: not connected (a connection is being made).
+        """
+        _check_keys(keys)
+        return self._client.submit(MatchKeys(self.namespace, list(keys), False), "match", len(keys), deadline_ms)
+
+    def store(self, keys: Sequence[bytes], region: Region, slots: Sequence[int], *, deadline_ms: int = 10_000) -> int:
+        """Copy slots of a region into the agent's store. They must not change until the job's result."""
+        _check_keys(keys, slots)
+        request = Store(self.namespace, list(keys), region.number, list(slots), deadline_ms)
+        return self._client.submit(request, "store", len(keys), deadline_ms)
+
+    def load(self, keys: Sequence[bytes], region: Region, slots: Sequence[int], deadline_ms: int = DEADLINE_MS) -> int:
+        """Write blocks, from this host or from peers, into slots of a region. They are the agent's until the result."""
+        _check_keys(keys, slots)
+        request = Load(self.namespace, list(keys), region.number, list(slots), deadline_ms)
+        return self._client.submit(request, "load", len(keys), deadline_ms)
+
+
+class Region:
+    """Memory of this engine that its agent maps. Made by :meth:`Cache.map_region`."""
+
+    def __init__(self, client: AgentClient, fd: int, offset: int, slot_bytes: int, slots: int) -> None:
+        self._client = client
+        self._fd = fd
+        self.offset = offset
+        self.slot_bytes = slot_bytes
+        self.slots = slots
+        self.number = client.add_region(self)
+
+    def announce(self, connection: Connection, deadline: float) -> None:
+        """Tell an agent of this region (again)."""
+        request = MapRegion(self.number, self.offset, self.slot_bytes, self.slots)
+        answer = connection.request(request, deadline=deadline, fds=(self._fd,))
+        if not isinstance(answer, Ok):
+            raise P2PKVError("unexpected answer to MAP_REGION", got=type(answer).__name__)
+
+    def unmap(self, *, deadline_ms: int = DEADLINE_MS) -> None:
+        """Take the memory back: returns once the agent neither reads nor writes it any more.
+
+        Raises:
+            DeadlineExceeded: the agent has not said so in time; the memory may still be in use.
+        """
+        deadline = time.monotonic() + deadline_ms / 1000
+        try:
+            self._client.connection(deadline).request(UnmapRegion(self.number), deadline=deadline)
+        except AgentUnavailable:
+            pass  # no agent, no use
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop our side without asking the agent; it unmaps when the connection ends."""
+        self._client.drop_region(self.number)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _Staging:
+    """Shared memory that puts are copied through."""
+
+    def __init__(self, cache: Cache, deadline: float) -> None:
+        block_bytes = cache.layout.block_bytes
+        slot_bytes = -(-block_bytes // PAGE) * PAGE
+        slots = max(1, min(KEYS_MAX, STAGING_BYTES // slot_bytes))
+        fd = os.memfd_create("p2pkv-staging", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, slots * slot_bytes)
+            self._memory = memoryview(mmap.mmap(fd, slots * slot_bytes))
+            left_ms = int(max(1.0, (deadline - time.monotonic()) * 1000))
+            self.region = cache.map_region(fd, slots=slots, slot_bytes=slot_bytes, deadline_ms=left_ms)
+        finally:
+            os.close(fd)
+
+    def fill(self, slot: int, view: memoryview) -> None:
+        start = slot * self.region.slot_bytes
+        _native.copy(self._memory[start : start + len(view)], view)
+
+
+def _bytes_view(buffer: Any, length: int, *, writable: bool) -> memoryview:
+    """Any contiguous buffer of ``length`` bytes as a flat view of bytes; torch CPU tensors too."""
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        view = memoryview(_tensor_bytes(buffer))
+    if view.nbytes != length:
+        raise InvalidArgument("a buffer is not as long as a block", bytes=view.nbytes, block=length)
+    if not view.c_contiguous:
+        raise InvalidArgument("a buffer is not contiguous", hint="Pass x.contiguous() and copy it back.")
+    if writable and view.readonly:
+        raise InvalidArgument("a buffer to read into is read-only")
+    return view.cast("B") if view.ndim != 1 or view.format != "B" else view
+
+
+def _tensor_bytes(tensor: Any) -> Any:
+    """The memory of a torch CPU tensor, whatever its dtype (bfloat16 has no numpy twin), without copying it."""
+    if not hasattr(tensor, "data_ptr"):
+        raise InvalidArgument("not a buffer", type=type(tensor).__name__)
+    if tensor.device.type != "cpu":
+        raise InvalidArgument("a tensor is not in host memory", device=tensor.device)
+    if not tensor.is_contiguous():
+        raise InvalidArgument("a buffer is not contiguous", hint="Pass x.contiguous() and copy it back.")
+    import ctypes
+
+    size = tensor.numel() * tensor.element_size()
+    return (ctypes.c_char * size).from_address(tensor.data_ptr())
+
+
+def _check_keys(keys: Sequence[bytes], others: Sequence[Any] | None = None) -> None:
+    if others is not None and len(others) != len(keys):
+        raise InvalidArgument("as many keys as buffers or slots are needed", keys=len(keys), others=len(others))
+    if len(keys) > KEYS_MAX:
+        raise InvalidArgument("too many keys in one call", keys=len(keys), limit=KEYS_MAX)
+    for key in keys:
+        if not BLOCK_HASH_BYTES_MIN <= len(key) <= BLOCK_HASH_BYTES_MAX:
+            raise InvalidArgument("a key is not 8 to 64 bytes", bytes=len(key))

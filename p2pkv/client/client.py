@@ -1,0 +1,215 @@
+"""The engine's handle on its agent: connects lazily, reconnects by itself, never waits longer than it was allowed.
+
+Two ways to work, both thread-safe. *Blocking calls* (open, put, get_into, match) have a deadline each. *Jobs*
+(submit_match, store, load) return at once and are collected by :meth:`AgentClient.poll`: for a scheduler's step.
+
+When the agent goes away, blocking calls raise :class:`AgentUnavailable` (or count as misses, where that is the answer a
+cache gives), running jobs come back with ``lost=True``, and the next use reconnects, with backoff, and tells the new
+agent again which layouts and regions are in use.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Final
+
+from p2pkv.client.cache import Cache, Region
+from p2pkv.client.connection import Connection, OnAnswer
+from p2pkv.client.jobs import JobKind, JobResult, Jobs
+from p2pkv.config import default_socket_path
+from p2pkv.errors import AgentUnavailable, Busy, DeadlineExceeded, InvalidArgument, P2PKVError
+from p2pkv.types import Layout
+from p2pkv.wire.engine import Open, Opened
+
+CONNECT_MS: Final = 2_000
+BACKOFF_S: Final = (0.05, 2.0)
+"""First and longest pause between attempts to reach an agent that is not there."""
+
+ABANDON_MS: Final = 5_000
+"""A job unanswered so long after its own deadline is given up, with the connection: the agent is stopped or stuck."""
+
+
+class AgentClient:
+    """See the module's docstring.
+
+    Args:
+        socket_path: the agent's Unix socket; ``None`` = ``$P2PKV_SOCKET`` or the default place.
+        name: shown by the agent beside this connection.
+    """
+
+    def __init__(self, socket_path: str | os.PathLike[str] | None = None, *, name: str = "") -> None:
+        self._path = os.fspath(socket_path) if socket_path is not None else default_socket_path()
+        self._name = name or f"pid {os.getpid()}"
+        self._lock = threading.RLock()
+        self._connection: Connection | None = None
+        self._caches: dict[int, Cache] = {}
+        self._regions: dict[int, Region] = {}
+        self._next_region = 1
+        self._retry_at = 0.0
+        self._backoff_s = BACKOFF_S[0]
+        self._connecting: threading.Thread | None = None
+        self._jobs = Jobs()
+        self._job_deadlines: dict[int, float] = {}
+        self._closed = False
+
+    def open(self, layout: Layout, *, deadline_ms: int = CONNECT_MS) -> Cache:
+        """Use a layout's namespace.
+
+        Raises:
+            LayoutMismatch: another engine of this cell keeps the same cache with another layout; ``fields`` says where.
+            InvalidArgument: the layout itself is impossible.
+            AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
+        """
+        if problems := layout.problems():
+            raise InvalidArgument("the layout is impossible: " + "; ".join(problems))
+        deadline = time.monotonic() + deadline_ms / 1000
+        answer = self.connection(deadline).request(Open(layout), deadline=deadline)
+        if not isinstance(answer, Opened):
+            raise P2PKVError("unexpected answer to OPEN", got=type(answer).__name__)
+        with self._lock:
+            cache = self._caches.get(answer.namespace)
+            if cache is None:
+                cache = self._caches[answer.namespace] = Cache(self, layout, answer.namespace)
+            return cache
+
+    def poll(self, timeout_ms: int = 0) -> list[JobResult]:
+        """Results of jobs that have ended since the last call; waits at most ``timeout_ms`` for the first one."""
+        deadline = time.monotonic() + timeout_ms / 1000
+        while True:
+            connection = self._connection
+            if connection is not None:
+                connection.pump()
+                self._give_up_stuck(connection)
+                if connection.broken is not None:
+                    self._collect_lost(connection)
+            results = self._jobs.take()
+            left = deadline - time.monotonic()
+            if results or left <= 0 or not self._jobs.running or connection is None:
+                return results
+            connection.wait_readable(left)
+
+    @property
+    def jobs_running(self) -> int:
+        """Submitted jobs whose results have not been seen by :meth:`poll` yet."""
+        return self._jobs.running
+
+    @property
+    def connected(self) -> bool:
+        """Whether the agent was there when last looked."""
+        connection = self._connection
+        return connection is not None and connection.broken is None
+
+    def close(self) -> None:
+        """Leave the agent. Regions are unmapped on its side; running jobs are lost."""
+        with self._lock:
+            self._closed = True
+            if self._connection is not None:
+                self._connection.close()
+                self._collect_lost(self._connection)
+            for region in list(self._regions.values()):
+                region.forget()
+            self._regions.clear()
+
+    def __enter__(self) -> AgentClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- for Cache and Region ---
+
+    def connection(self, deadline: float) -> Connection:
+        """A live connection, made now if need be; for blocking calls."""
+        connection = self._connection
+        if connection is not None and connection.broken is None:
+            return connection
+        with self._lock:
+            connection = self._connection
+            if connection is not None and connection.broken is None:
+                return connection
+            return self._connect(min(deadline, time.monotonic() + CONNECT_MS / 1000))
+
+    def connection_now(self) -> Connection:
+        """A live connection if there is one; otherwise starts to make one in the background and raises. Never waits."""
+        connection = self._connection
+        if connection is not None and connection.broken is None:
+            return connection
+        with self._lock:
+            if (self._connecting is None or not self._connecting.is_alive()) and time.monotonic() >= self._retry_at:
+                self._connecting = threading.Thread(target=self._connect_quietly, name="p2pkv-connect", daemon=True)
+                self._connecting.start()
+        raise AgentUnavailable("not connected to the agent", socket=self._path)
+
+    def submit(self, message: object, kind: JobKind, keys: int, deadline_ms: int) -> int:
+        """Send a job's request; the result comes out of :meth:`poll`."""
+        connection = self.connection_now()
+        job_id = self._jobs.begin()
+
+        def on_answer(answer: object) -> None:
+            self._job_deadlines.pop(job_id, None)
+            self._jobs.finish(job_id, kind, keys, answer)
+
+        self._job_deadlines[job_id] = time.monotonic() + (deadline_ms + ABANDON_MS) / 1000
+        try:
+            connection.submit(message, on_answer)  # type: ignore[arg-type]
+        except BaseException:
+            self._job_deadlines.pop(job_id, None)
+            self._jobs.forget(job_id)
+            raise
+        return job_id
+
+    def add_region(self, region: Region) -> int:
+        """Number a region and remember it for reconnects."""
+        with self._lock:
+            number = self._next_region
+            self._next_region += 1
+            self._regions[number] = region
+            return number
+
+    def drop_region(self, number: int) -> None:
+        """Forget a region."""
+        with self._lock:
+            self._regions.pop(number, None)
+
+    # --- inside ---
+
+    def _connect_quietly(self) -> None:
+        try:
+            self.connection(time.monotonic() + CONNECT_MS / 1000)
+        except P2PKVError:
+            pass  # the backoff says when to try again; whoever asks meanwhile gets AgentUnavailable
+
+    def _connect(self, deadline: float) -> Connection:
+        if self._closed:
+            raise AgentUnavailable("this client is closed")
+        if self._connection is not None:
+            self._collect_lost(self._connection)
+            self._connection = None
+        now = time.monotonic()
+        if now < self._retry_at:
+            raise AgentUnavailable("the agent was not there a moment ago", socket=self._path)
+        try:
+            connection = Connection(self._path, name=self._name, deadline=deadline)
+            for cache in self._caches.values():
+                connection.request(Open(cache.layout), deadline=deadline)
+            for region in self._regions.values():
+                region.announce(connection, deadline)
+        except (AgentUnavailable, DeadlineExceeded, Busy):
+            self._retry_at = time.monotonic() + self._backoff_s
+            self._backoff_s = min(self._backoff_s * 2, BACKOFF_S[1])
+            raise
+        self._backoff_s = BACKOFF_S[0]
+        self._connection = connection
+        return connection
+
+    def _give_up_stuck(self, connection: Connection) -> None:
+        now = time.monotonic()
+        if any(now > deadline for deadline in list(self._job_deadlines.values())):
+            connection.close("a job was not answered long after its deadline")
+
+    def _collect_lost(self, connection: Connection) -> None:
+        lost: list[OnAnswer] = connection.take_lost()
+        for on_answer in lost:
+            on_answer(connection.broken or AgentUnavailable("gone"))  # type: ignore[arg-type]

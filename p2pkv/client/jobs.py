@@ -1,0 +1,97 @@
+"""Results of work that was submitted without waiting."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from typing import Final, Literal, NamedTuple
+
+from p2pkv.errors import P2PKVError
+from p2pkv.types import Status
+from p2pkv.wire.engine import Done, EngineError, Matched, Source
+
+JobKind = Literal["match", "store", "load"]
+FINISHED_MAX: Final = 65_536
+"""Results nobody fetched by :meth:`AgentClient.poll`; beyond it the oldest are dropped."""
+
+_LOST: Final = bytes([Status.LOST])
+_INVALID: Final = bytes([Status.INVALID])
+
+
+class JobResult(NamedTuple):
+    """How a submitted job ended. ``ok``, ``statuses`` and ``sources`` have one entry per key, in the order submitted.
+
+    ``ok``: for store, the block is in the agent's store; for load, the block's bytes are in its slot; for match, the
+    block is here or at a live peer. ``sources``: "local", "peer" or None. ``lost``: the agent went away meanwhile.
+    """
+
+    job_id: int
+    kind: JobKind
+    ok: list[bool]
+    statuses: bytes
+    sources: list[str | None]
+    bytes_local: int = 0
+    bytes_peer: int = 0
+    lost: bool = False
+    error: str = ""
+
+
+_SOURCE_NAMES: Final[dict[int, str | None]] = {Source.NONE: None, Source.LOCAL: "local", Source.PEER: "peer"}
+_STORED: Final = frozenset({Status.OK, Status.EXISTS})
+
+
+class Jobs:
+    """The finished jobs of one client, and the numbers of the running ones. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ids = itertools.count(1)
+        self._finished: deque[JobResult] = deque(maxlen=FINISHED_MAX)
+        self.running = 0
+
+    def begin(self) -> int:
+        """Count a job in."""
+        with self._lock:
+            self.running += 1
+            return next(self._ids)
+
+    def forget(self, job_id: int) -> None:
+        """A job that could not even be submitted."""
+        with self._lock:
+            self.running -= 1
+
+    def finish(self, job_id: int, kind: JobKind, keys: int, answer: object) -> None:
+        """Turn an answer (or what came instead) into a result."""
+        if isinstance(answer, Matched):
+            ok = [source != Source.NONE for source in answer.present]
+            statuses = bytes(Status.OK if held else Status.MISS for held in ok)
+            result = JobResult(job_id, kind, ok, statuses, [_SOURCE_NAMES.get(s) for s in answer.present])
+        elif isinstance(answer, Done) and len(answer.statuses) == keys:
+            good = _STORED if kind == "store" else {Status.OK}
+            result = JobResult(
+                job_id,
+                kind,
+                [status in good for status in answer.statuses],
+                answer.statuses,
+                [_SOURCE_NAMES.get(s) for s in answer.sources],
+                answer.bytes_local,
+                answer.bytes_peer,
+            )
+        elif isinstance(answer, EngineError):
+            result = JobResult(job_id, kind, [False] * keys, _INVALID * keys, [None] * keys, error=answer.message)
+        else:
+            lost = isinstance(answer, P2PKVError)
+            result = JobResult(
+                job_id, kind, [False] * keys, _LOST * keys, [None] * keys, lost=lost, error=str(answer)[:200]
+            )
+        with self._lock:
+            self.running -= 1
+            self._finished.append(result)
+
+    def take(self) -> list[JobResult]:
+        """Every result that has not been taken yet, oldest first."""
+        with self._lock:
+            results = list(self._finished)
+            self._finished.clear()
+            return results

@@ -1,0 +1,85 @@
+"""What is shown of a peer, and where its layouts conflict with ours. Pure functions over the member table's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from p2pkv.gossip.membership import Row, State
+from p2pkv.gossip.streams import OwnerStream
+from p2pkv.types import Layout, NodeId
+from p2pkv.wire.peer import Address, Card
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """One peer at one moment."""
+
+    node: NodeId
+    epoch: int
+    address: Address
+    state: State
+    age_ms: float | None  # since something was last heard on its stream; None = never
+    seq: int  # of its log, as far as read here
+    entries: int  # of its in the index here
+    card: Card
+    rtt_ms: float | None
+    conflicts: tuple[str, ...]  # layout fields that differ from ours where they must not
+    slot: int | None  # in the index; None while it has none
+    reads_us: bool  # it has a control connection to us
+
+    @property
+    def alive(self) -> bool:
+        """Whether its entries are shown."""
+        return self.state is State.ALIVE
+
+    def with_rtt(self, rtt_ms: float) -> PeerView:
+        """The same with a better estimate of the round-trip time."""
+        return replace(self, rtt_ms=rtt_ms)
+
+
+def view_of(row: Row, stream: OwnerStream | None, now: float) -> PeerView:
+    """What is known of a row's peer."""
+    return PeerView(
+        node=row.node,
+        epoch=row.card.epoch,
+        address=row.card.address,
+        state=row.state,
+        age_ms=None if row.last_heard is None else (now - row.last_heard) * 1e3,
+        seq=stream.seq if stream else 0,
+        entries=stream.entries if stream else 0,
+        card=row.card,
+        rtt_ms=None if row.rtt_s is None else row.rtt_s * 1e3,
+        conflicts=row.conflicts,
+        slot=row.slot,
+        reads_us=bool(row.reader_conns),
+    )
+
+
+def layout_conflicts(ours: Iterable[Layout], theirs: Iterable[Layout]) -> tuple[tuple[str, ...], list[str]]:
+    """Fields in which layouts of the same cache differ, sorted, and a line per pair of layouts that says how.
+
+    Several layouts of one identity on one side (two engines with different block sizes, say) are each matched: there is
+    no conflict with a layout that the other side has too.
+    """
+    mine: dict[tuple[object, ...], list[Layout]] = {}
+    for layout in ours:
+        mine.setdefault(layout.identity, []).append(layout)
+    fields: set[str] = set()
+    lines: list[str] = []
+    for layout in theirs:
+        candidates = mine.get(layout.identity, [])
+        if not candidates or layout in candidates:
+            continue
+        # Against the nearest of ours: naming every pair would bury the field that matters.
+        differing = min((own.conflicts(layout) for own in candidates), key=len)
+        nearest = next(own for own in candidates if own.conflicts(layout) == differing)
+        fields.update(differing)
+        said = ", ".join(f"{f} is {getattr(layout, f)!r} there, {getattr(nearest, f)!r} here" for f in differing)
+        lines.append(f"model {layout.model}: {said}; neither will see the other's blocks")
+    return tuple(sorted(fields)), lines
+
+
+def at(address: Address | None) -> str:
+    """``host:port`` for a log."""
+    return f"{address.host}:{address.port}" if address else "?"

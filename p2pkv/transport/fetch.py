@@ -1,0 +1,300 @@
+"""Bring missing blocks into the local store: find holders, pull, publish what is proven, try the next holder.
+
+* Single flight: however many callers want a block, it is pulled once; the others get the same bytes.
+* A block's destination is a reserved slot of the local store. It is committed (and so becomes visible here and to
+  peers) only when the transport has proven its bytes; otherwise the slot is given back, or quarantined while a
+  given-up transfer may still write into it.
+* Every block asked for is reported exactly once, by the deadline.
+
+Knows the store only through :class:`Landing`, and the cell only through ``holders``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+import msgspec
+
+from p2pkv.transport.base import PullRequest, PullResult, Transport
+from p2pkv.transport.plan import assign
+from p2pkv.types import Extent, Status
+
+log = logging.getLogger(__name__)
+
+ROUNDS_MAX: Final = 3
+"""Times a block is tried, each time at holders that have not failed before."""
+
+LATE_S: Final = 0.05
+"""What a transport may take beyond the deadline to clean up before it is called late in the log."""
+
+
+class Place(Protocol):
+    """A reserved slot: where a block's bytes go."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+
+P = TypeVar("P", bound=Place)
+
+
+class Landing(Protocol[P]):
+    """The local store as the fetcher sees it. All calls return at once."""
+
+    def reserve(self, namespace: int, key: bytes) -> P | Status:
+        """A slot to write into; EXISTS when the block is here, BUSY when it is being written, NO_SPACE."""
+        ...
+
+    def commit(self, place: P, checksum: bytes) -> None: ...
+    def abort(self, place: P) -> None: ...
+    def quarantine(self, place: P, token: tuple[str, int]) -> None: ...
+
+
+HoldersOf = Callable[[int, Sequence[bytes]], Sequence[Sequence[int]]]
+"""(namespace, hashes) -> per hash the ids of live nodes that have it, ourselves excluded; the local index's word."""
+
+PickTransport = Callable[[int], Transport]
+"""node -> the transport to pull from it with."""
+
+OnFetched = Callable[[int, Status], None]
+"""(index into the asked hashes, OK when the block is in the local store now). Called once per hash."""
+
+
+class FetchStats(msgspec.Struct):
+    """Counters since the start."""
+
+    blocks_pulled: int = 0
+    bytes_pulled: int = 0
+    blocks_rejected: int = 0
+    blocks_missed_at_holder: int = 0
+    blocks_failed: int = 0
+    pulls: int = 0
+    pulls_failed: int = 0
+    flights_joined: int = 0
+
+
+class Fetcher(Generic[P]):
+    """See the module's docstring. Runs on the event loop's thread."""
+
+    def __init__(
+        self, *, landing: Landing[P], holders: HoldersOf, transport: PickTransport, blocks_max: int = 65_536
+    ) -> None:
+        self._landing = landing
+        self._holders = holders
+        self._transport = transport
+        self._blocks_max = blocks_max
+        self._flights: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
+        self._pulls: set[asyncio.Task[None]] = set()
+        self.stats = FetchStats()
+
+    @property
+    def in_flight(self) -> int:
+        """Blocks being pulled."""
+        return len(self._flights)
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run one pull to its end, whoever stops waiting for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._pulls.add(task)
+        task.add_done_callback(self._pulls.discard)
+        return task
+
+    async def stop(self) -> None:
+        """Wait for pulls under way; they end when their transports are stopped, or by their deadlines."""
+        if self._pulls:
+            await asyncio.wait(self._pulls)
+
+    async def fetch(self, namespace: int, hashes: Sequence[bytes], deadline_s: float, on_fetched: OnFetched) -> None:
+        """Fetch blocks that are not here. Returns when every one has been reported."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + deadline_s
+        fetch = _Fetch(self, namespace, list(hashes), deadline, on_fetched)
+        try:
+            await fetch.run()
+        finally:
+            fetch.report_rest(Status.TIMEOUT)
+
+
+class _Fetch(Generic[P]):
+    """One call of :meth:`Fetcher.fetch`."""
+
+    def __init__(
+        self, fetcher: Fetcher[P], namespace: int, hashes: list[bytes], deadline: float, on_fetched: OnFetched
+    ) -> None:
+        self._fetcher = fetcher
+        self._namespace = namespace
+        self._hashes = hashes
+        self._deadline = deadline
+        self._on_fetched = on_fetched
+        self._left = dict.fromkeys(range(len(hashes)))  # an ordered set
+        self._failed_nodes: set[int] = set()
+        self._loop = asyncio.get_running_loop()
+
+    async def run(self) -> None:
+        for _ in range(ROUNDS_MAX):
+            if not self._left or self._loop.time() >= self._deadline:
+                return
+            joined = self._join_flights()
+            pulls = self._plan(joined)
+            if not pulls and not joined:
+                return
+            await self._round(pulls, joined)
+
+    def report_rest(self, status: Status) -> None:
+        for i in list(self._left):
+            self._report(i, status)
+
+    def _report(self, i: int, status: Status) -> None:
+        if i in self._left:
+            del self._left[i]
+            self._on_fetched(i, status)
+
+    def _join_flights(self) -> dict[int, asyncio.Future[Status]]:
+        flights = self._fetcher._flights
+        joined = {}
+        for i in self._left:
+            flight = flights.get((self._namespace, self._hashes[i]))
+            if flight is not None:
+                joined[i] = flight
+        self._fetcher.stats.flights_joined += len(joined)
+        return joined
+
+    def _plan(self, joined: dict[int, asyncio.Future[Status]]) -> list[_Pull[P]]:
+        """Reserve slots for what can be pulled now; reports what cannot."""
+        fetcher = self._fetcher
+        wanted = [i for i in self._left if i not in joined]
+        if not wanted:
+            return []
+        holders = fetcher._holders(self._namespace, [self._hashes[i] for i in wanted])
+        runs, nobody = assign(holders, lambda node: 0.0, self._failed_nodes)
+        for position in nobody:
+            self._report(wanted[position], Status.MISS)
+        pulls: list[_Pull[P]] = []
+        for node, positions in runs.items():
+            pull: _Pull[P] = _Pull(node)
+            for position in positions:
+                i = wanted[position]
+                self._reserve(i, pull)
+            if pull.indices:
+                pulls.append(pull)
+        return pulls
+
+    def _reserve(self, i: int, pull: _Pull[P]) -> None:
+        fetcher = self._fetcher
+        if len(fetcher._flights) >= fetcher._blocks_max:
+            self._report(i, Status.BUSY)
+            return
+        place = fetcher._landing.reserve(self._namespace, self._hashes[i])
+        if place is Status.EXISTS:
+            self._report(i, Status.OK)
+        elif isinstance(place, Status):
+            self._report(i, place)
+        else:
+            pull.indices.append(i)
+            pull.places.append(place)
+            fetcher._flights[(self._namespace, self._hashes[i])] = self._loop.create_future()
+
+    async def _round(self, pulls: list[_Pull[P]], joined: dict[int, asyncio.Future[Status]]) -> None:
+        # A pull is not cancelled with the fetch that began it: others may have joined it, and a slot that bytes are on
+        # their way to must not be given back. It has a deadline of its own.
+        waits: list[asyncio.Future[None]] = [self._fetcher.begin(self._pull(pull)) for pull in pulls]
+        if joined:
+            waits.append(asyncio.ensure_future(self._await_joined(joined)))
+        await asyncio.wait(waits)
+        for wait in waits:
+            wait.result()
+
+    async def _await_joined(self, joined: dict[int, asyncio.Future[Status]]) -> None:
+        for i, flight in joined.items():
+            flight.add_done_callback(partial(self._on_joined, i))
+        await asyncio.wait(joined.values(), timeout=max(0.0, self._deadline - self._loop.time()))
+
+    def _on_joined(self, i: int, flight: asyncio.Future[Status]) -> None:
+        if not flight.cancelled() and flight.result() is Status.OK:
+            self._report(i, Status.OK)
+
+    async def _pull(self, pull: _Pull[P]) -> None:
+        """One transport call; whatever happens, every place of it ends committed, aborted or quarantined."""
+        fetcher = self._fetcher
+        open_places = dict(enumerate(pull.places))
+
+        def on_block(position: int, status: Status, checksum: bytes) -> None:
+            if status is not Status.OK or position not in open_places:
+                return
+            fetcher._landing.commit(open_places.pop(position), checksum)
+            fetcher.stats.blocks_pulled += 1
+            fetcher.stats.bytes_pulled += pull.places[position].length
+            self._land(pull.indices[position], Status.OK)
+
+        fetcher.stats.pulls += 1
+        result: PullResult | None = None
+        transport = fetcher._transport(pull.node)
+        started = self._loop.time()
+        try:
+            result = await transport.pull(
+                PullRequest(
+                    node=pull.node,
+                    namespace=self._namespace,
+                    hashes=[self._hashes[i] for i in pull.indices],
+                    destinations=[Extent(place.offset, place.length) for place in pull.places],
+                    deadline_s=max(0.001, self._deadline - started),
+                    on_block=on_block,
+                )
+            )
+        finally:
+            for position, place in open_places.items():
+                if result is not None and position in result.unsafe:
+                    fetcher._landing.quarantine(place, (transport.name, result.token))
+                else:
+                    fetcher._landing.abort(place)
+            for position in open_places:
+                status = result.statuses[position] if result is not None else Status.LOST
+                self._land(pull.indices[position], status)
+        if self._loop.time() > self._deadline + LATE_S:
+            log.warning("a pull over %s from %016x overran its deadline", transport.name, pull.node)
+        self._judge(pull, result)
+
+    def _judge(self, pull: _Pull[P], result: PullResult) -> None:
+        """Count how it went; a node that did not give everything is not asked again by this fetch."""
+        stats = self._fetcher.stats
+        bad = [status for status in result.statuses if status is not Status.OK]
+        if not bad:
+            return
+        self._failed_nodes.add(pull.node)
+        stats.pulls_failed += 1
+        stats.blocks_failed += len(bad)
+        stats.blocks_rejected += sum(status is Status.REJECTED for status in bad)
+        stats.blocks_missed_at_holder += sum(status is Status.MISS for status in bad)
+        if any(status is Status.REJECTED for status in bad):
+            log.warning(
+                "%d block(s) from %016x failed their checksum and were discarded",
+                sum(status is Status.REJECTED for status in bad),
+                pull.node,
+            )
+        elif result.reason:
+            log.info("a pull from %016x gave %d of %d blocks: %s", pull.node, len(result.statuses) - len(bad),
+                     len(result.statuses), result.reason)  # fmt: skip
+
+    def _land(self, i: int, status: Status) -> None:
+        flight = self._fetcher._flights.pop((self._namespace, self._hashes[i]), None)
+        if flight is not None and not flight.done():
+            flight.set_result(status)
+        if status is Status.OK:
+            self._report(i, status)
+
+
+class _Pull(Generic[P]):
+    """Blocks to be pulled from one node, and where they go."""
+
+    __slots__ = ("indices", "node", "places")
+
+    def __init__(self, node: int) -> None:
+        self.node = node
+        self.indices: list[int] = []
+        self.places: list[P] = []

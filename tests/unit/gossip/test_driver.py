@@ -1,0 +1,322 @@
+"""The peer network on real sockets: three networks in one process, loopback, any free ports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from p2pkv.config import Peer
+from p2pkv.errors import Busy, ConfigError, DeadlineExceeded, LayoutMismatch, PeerUnavailable, RemoteProtocolError
+from p2pkv.gossip.driver import REQUESTS_MAX, PeerNetwork
+from p2pkv.gossip.membership import State
+from p2pkv.index.hashing import pack_keys, unpack_keys
+from p2pkv.index.ownership import OwnershipLog
+from p2pkv.index.prefix import PrefixIndex
+from p2pkv.types import Tier
+from p2pkv.wire.peer import CODEC, Hello, Pin, Pinned, Release, Released
+
+DEADLINE_S = 10.0
+
+
+class Node:
+    """A network with what it is built from, and a way to wait for something to become true of it."""
+
+    def __init__(self, card: Any, **settings: Any) -> None:
+        self.settings = Peer(**{"port": 0, "heartbeat_ms": 100, "silence_ms": 600, "flush_ms": 10, **settings})
+        self.log = OwnershipLog(card.epoch, hold_ms=0)
+        self.index = PrefixIndex(max_nodes=64, max_entries=1 << 20)
+        self.net = PeerNetwork(
+            settings=self.settings, cell="test", card=card, log=self.log, index=self.index, rng=random.Random(card.node)
+        )
+        self.net.on_peer_change = lambda _: self.changed.set()
+        self.changed = asyncio.Event()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.net.port}"
+
+    @property
+    def node(self) -> int:
+        return self.net.card.node
+
+    def put(self, keys: range) -> None:
+        self.log.record(keys, Tier.DRAM, time.monotonic())
+
+    def keys_of(self, other: Node) -> set[int]:
+        """What is shown here of another's entries."""
+        slot = self.net.node_slot(other.node)
+        view = self.net.peer(other.node)
+        if slot is None or view is None or not view.alive:
+            return set()
+        return {k for _, packed in self.index.snapshot(slot) for k in unpack_keys(packed)}
+
+    async def until(self, what: Callable[[], bool], deadline_s: float = DEADLINE_S) -> float:
+        """Wait for a condition, looked at after every frame and change; returns the seconds it took."""
+        start = time.monotonic()
+        async with asyncio.timeout(deadline_s):
+            while not what():
+                self.changed.clear()
+                try:
+                    async with asyncio.timeout(0.02):
+                        await self.changed.wait()
+                except TimeoutError:
+                    pass
+        return time.monotonic() - start
+
+    def vanish(self) -> None:
+        """As kill -9 would: every socket is reset, nothing is said."""
+        net: Any = self.net
+        net._stopping = True
+        net._timer.cancel()
+        for task in (*net._tasks, *net._lobby.values(), *net._dials.values()):
+            task.cancel()
+        net._listener.close()
+        for connection in list(net._connections.values()):
+            connection.abort("killed")
+        net._connections.clear()
+
+
+@pytest.fixture
+async def nodes(card: Any) -> AsyncIterator[Callable[..., Any]]:
+    made: list[Node] = []
+
+    async def make(node: int, *seeds: Node, epoch: int = 1, **settings: Any) -> Node:
+        fields = settings.pop("card_fields", {})
+        one = Node(
+            card(node, epoch, host="", instance=0, **fields), seeds=tuple(s.address for s in seeds), **settings
+        )
+        made.append(one)
+        await one.net.start()
+        return one
+
+    yield make
+    await asyncio.gather(*(one.net.stop(1.0) for one in made))
+
+
+async def three(nodes: Any) -> tuple[Node, Node, Node]:
+    a = await nodes(1)
+    b = await nodes(2, a)
+    c = await nodes(3, a)
+    for one in (a, b, c):
+        one.put(range(one.node * 1_000, one.node * 1_000 + 300))
+    await converged(a, b, c)
+    return a, b, c
+
+
+async def converged(*all_nodes: Node) -> None:
+    for reader in all_nodes:
+        for owner in all_nodes:
+            if reader is not owner:
+                expected = set(range(owner.node * 1_000, owner.node * 1_000 + 300))
+                await reader.until(lambda r=reader, o=owner, e=expected: r.keys_of(o) == e)  # type: ignore[misc]
+
+
+async def test_three_nodes_with_one_seed_converge(nodes: Any) -> None:
+    a, b, c = await three(nodes)
+    assert {v.node for v in b.net.peers()} == {1, 3} and all(v.alive and v.reads_us for v in b.net.peers())
+    view = b.net.peer(3)
+    assert view is not None and view.rtt_ms is not None and view.rtt_ms < 1_000 and view.entries == 300
+    assert b.net.slot_node(b.net.node_slot(3)) == 3 and b.net.slot_node(0) == 2 and b.net.node_slot(2) == 0
+    a.log.record([1_000], Tier.GONE, time.monotonic())
+    await c.until(lambda: 1_000 not in c.keys_of(a))
+
+
+async def test_a_killed_node_is_hidden_within_three_seconds_and_shown_when_it_is_back(nodes: Any, card: Any) -> None:
+    a, b, c = await three(nodes)
+    keys = pack_keys([3_000])
+    assert b.index.contains_any(keys) == b"\1"
+    port = c.net.port
+    c.vanish()
+    assert await b.until(lambda: not b.net.peer(3).alive) < 3.0
+    assert b.index.contains_any(keys) == b"\0" and b.net.link(3) is None
+    with pytest.raises(PeerUnavailable):
+        await b.net.open_data(3, 1.0)
+    again = await nodes(3, epoch=2, port=port)
+    again.put(range(3_000, 3_300))
+    await converged(a, b, again)
+    assert b.net.peer(3).epoch == 2 and b.index.contains_any(keys) == b"\1"
+
+
+async def test_a_broken_connection_is_hidden_at_once_and_shown_when_it_is_restored(nodes: Any) -> None:
+    a, b, _ = await three(nodes)
+    states = []
+    b.net.on_peer_change = lambda view: states.append((view.node, view.state)) or b.changed.set()
+    conn = b.net._core.owner_conn(1)
+    b.net._connections[conn]._transport.abort()
+    await b.until(lambda: (1, State.ALIVE) in states)
+    assert states[0] == (1, State.UNREACHABLE)
+    assert b.keys_of(a) == set(range(1_000, 1_300))
+
+
+async def test_a_node_that_stops_sending_is_hidden_after_the_silence_and_shown_when_it_goes_on(nodes: Any) -> None:
+    _, b, c = await three(nodes)
+    c.net._timer.cancel()  # its loop still reads; it sends nothing by itself
+    assert 0.4 < await b.until(lambda: not b.net.peer(3).alive) < 3.0
+    c.net._on_timer()
+    await b.until(lambda: b.net.peer(3).alive)
+
+
+async def test_goodbye_drops_the_entries_at_once(nodes: Any) -> None:
+    _, b, c = await three(nodes)
+    slot = b.net.node_slot(3)
+    start = time.monotonic()
+    await c.net.stop(2.0)
+    assert time.monotonic() - start < 2.0
+    await b.until(lambda: b.net.peer(3).state is State.LEFT)
+    assert b.index.count(slot) == 0 and b.net.slot_node(slot) is None
+
+
+async def test_a_newer_epoch_replaces_a_living_one(nodes: Any, caplog: pytest.LogCaptureFixture) -> None:
+    a, b, c = await three(nodes)
+    newer = await nodes(3, a, epoch=2)
+    await b.until(lambda: b.net.peer(3).epoch == 2 and b.net.peer(3).alive)
+    assert b.keys_of(newer) == set()
+    assert "is one identity used twice" in caplog.text
+    await c.until(lambda: c.net.stats().get("refused_by_peer_stale", 0) >= 1)
+
+
+async def test_a_node_that_is_its_own_seed_forgets_that(nodes: Any) -> None:
+    one = await nodes(1)
+    one.net._on_seeds("static", [one.net.card.address])
+    await one.until(lambda: one.net.stats().get("refused_self", 0) == 1)
+    await one.until(lambda: not one.net._core.conns)
+    assert one.net.peers() == [] and len(one.net._core._dials) == 0
+
+
+async def test_a_port_in_use_is_a_config_error_with_a_hint(nodes: Any, card: Any) -> None:
+    one = await nodes(1)
+    other = Node(card(2), port=one.net.port)
+    with pytest.raises(ConfigError, match="port in use") as error:
+        await other.net.start()
+    assert error.value.hint
+
+
+async def test_requests_are_answered_refused_and_given_up_in_time(nodes: Any) -> None:
+    a = await nodes(1)
+    b = await nodes(2, a)
+    await b.until(lambda: b.net.link(1) is not None)
+    link = b.net.link(1)
+    seen = []
+
+    def pinned(lease: int) -> Pinned:
+        return Pinned(lease, 1_000, b"", [], [], b"", "")
+
+    async def on_pin(reader: Any, pin: Pin) -> Pinned:
+        seen.append(reader.node_id)
+        if pin.ttl_ms == 1:
+            raise LayoutMismatch("layouts differ", fields=("order",))
+        if pin.ttl_ms == 2:
+            raise ZeroDivisionError
+        if pin.ttl_ms == 3:
+            await asyncio.Event().wait()
+        return pinned(pin.ttl_ms)
+
+    with pytest.raises(RemoteProtocolError, match="no handler"):
+        await link.request(Pin(1, [], 9), 5.0)
+    a.net.on(Pin, on_pin)
+    a.net.on(Release, lambda _reader, release: Released(held=release.lease == 7))
+    assert (await link.request(Pin(1, [], 77), 5.0)).lease == 77
+    assert (await link.request(Release(7), 5.0)).held and not (await link.request(Release(8), 5.0)).held
+    assert seen == [2]
+    with pytest.raises(LayoutMismatch) as mismatch:
+        await link.request(Pin(1, [], 1), 5.0)
+    assert mismatch.value.fields == ("order",)
+    with pytest.raises(RemoteProtocolError, match="failed at the owner"):
+        await link.request(Pin(1, [], 2), 5.0)
+    with pytest.raises(DeadlineExceeded):
+        await link.request(Pin(1, [], 3), 0.05)
+    stuck = [asyncio.ensure_future(link.request(Pin(1, [], 3), 30.0)) for _ in range(REQUESTS_MAX + 4)]
+    await asyncio.wait(stuck, return_when=asyncio.FIRST_COMPLETED)
+    await b.until(lambda: sum(f.done() for f in stuck) == 5)
+    assert all(isinstance(f.exception(), Busy) for f in stuck if f.done())
+    gone = []
+    link.on_close(lambda: gone.append(1))
+    a.vanish()
+    done = await asyncio.gather(*stuck, return_exceptions=True)
+    assert sum(isinstance(e, PeerUnavailable) for e in done) == len(stuck) - 5
+    assert gone == [1] and link.closed
+    with pytest.raises(PeerUnavailable):
+        await link.request(Pin(1, [], 9), 5.0)
+
+
+async def test_data_connections_are_handed_over_as_bare_sockets(nodes: Any) -> None:
+    a = await nodes(1)
+    b = await nodes(2, a)
+    await b.until(lambda: b.net.peer(1) is not None)
+    got: asyncio.Queue[tuple[socket.socket, Hello, bytes]] = asyncio.Queue()
+    a.net.on_data_connection = lambda *args: got.put_nowait(args)
+    mine = await b.net.open_data(1, 5.0)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(mine, b"after hello")
+    theirs, hello, leftover = await asyncio.wait_for(got.get(), 5.0)
+    assert hello.role == "data" and hello.card.node == 2 and not theirs.getblocking() and not mine.getblocking()
+    assert mine.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) and leftover == b""
+    assert await loop.sock_recv(theirs, 64) == b"after hello"
+    await loop.sock_sendall(theirs, b"and back")
+    assert await loop.sock_recv(mine, 64) == b"and back"
+    theirs.close()
+    mine.close()
+    with pytest.raises(PeerUnavailable):
+        await b.net.open_data(99, 1.0)
+
+
+async def test_a_card_change_reaches_everybody_and_conflicts_are_named(
+    nodes: Any, layout: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = await nodes(1, card_fields={"layouts": [layout()]})
+    b = await nodes(2, a)
+    await a.until(lambda: a.net.peer(2) is not None and a.net.peer(2).alive)
+    with caplog.at_level(logging.ERROR):
+        b.net.set_card(msgspec.structs.replace(b.net.card, layouts=[layout(kv_dtype="fp8"), layout(order="HND")]))
+        await a.until(lambda: a.net.peer(2).conflicts == ("order",))
+        await b.until(lambda: b.net.peer(1).conflicts == ("order",))
+    assert "order is 'HND' there, '' here" in caplog.text
+    assert a.net.link(2).card.layouts[1].order == "HND"
+
+
+async def test_a_reader_that_does_not_read_is_disconnected_and_nobody_else(nodes: Any) -> None:
+    a = await nodes(1, send_queue="256KiB")
+    b = await nodes(2, a)
+    await a.until(lambda: a.net.peer(2) is not None and a.net.peer(2).reads_us)
+    row = a.net._core.table.get(2)
+    (conn,) = row.reader_conns
+    loop = asyncio.get_running_loop()
+    sloth = socket.socket()
+    sloth.setblocking(False)
+    sloth.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    try:
+        await loop.sock_connect(sloth, ("127.0.0.1", a.net.port))
+        card = msgspec.structs.replace(b.net.card, node=9)
+        await loop.sock_sendall(sloth, CODEC.encode(Hello(1, 1, "test", "control", card)))
+        await a.until(lambda: a.net.peer(9) is not None and a.net.peer(9).reads_us)
+        for i in range(4_000):
+            if a.net.stats().get("slow_readers"):
+                break
+            a.put(range(i * 4_096, (i + 1) * 4_096))
+            a.net._act(a.net._core.on_timer(a.net._clock()))
+            assert a.net.stats()["queued_bytes"] < (1 << 20)
+            await asyncio.sleep(0)
+        assert a.net.stats()["slow_readers"] == 1
+        await a.until(lambda: not a.net.peer(9).reads_us)
+        assert row.reader_conns == (conn,)
+    finally:
+        sloth.close()
+
+
+async def test_zero_is_any_free_port_and_advertise_wins(nodes: Any) -> None:
+    plain = await nodes(1)
+    assert plain.net.card.address.port == plain.net.port > 0
+    named = await nodes(2, advertise="node-2.example:9")
+    assert (named.net.card.address.host, named.net.card.address.port) == ("node-2.example", 9)
+    host_only = await nodes(3, advertise="node-3.example")
+    assert host_only.net.card.address.host == "node-3.example"
+    assert host_only.net.card.address.port == host_only.net.port
+    assert plain.net.card.instance != named.net.card.instance
