@@ -27,6 +27,7 @@ NATIVE_SOURCES := CMakeLists.txt p2pkv/native p2pkv/index/core \
   $(wildcard p2pkv/native/* p2pkv/index/core/* third_party/xxhash/*)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
 # ---------------------------------------------------------------------------------------------------------- environment
 
@@ -137,7 +138,7 @@ import-cost: setup ## importing p2pkv.client stays under 50 ms and light
 
 .PHONY: docs
 docs: setup ## build the documentation into site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 
 .PHONY: check
 check: lint types import-cost docs ## every check that runs no test

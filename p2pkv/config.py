@@ -7,11 +7,8 @@ where its value came from. Sizes take ``KiB``/``MiB``/``GiB`` (powers of two) or
 
 from __future__ import annotations
 
-import difflib
-import ipaddress
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -35,10 +32,11 @@ def default_socket_path() -> str:
     if path := os.environ.get("P2PKV_SOCKET"):
         return path
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return str(Path(runtime) / "p2pkv" / "agent.sock")
+        return f"{runtime}/p2pkv/agent.sock"
     if os.geteuid() == 0:
         return "/run/p2pkv/agent.sock"
-    return str(Path(tempfile.gettempdir()) / f"p2pkv-{os.geteuid()}" / "agent.sock")
+    temporary = os.environ.get("TMPDIR", "/tmp")
+    return f"{temporary}/p2pkv-{os.geteuid()}/agent.sock"
 
 
 def default_state_dir() -> str:
@@ -190,6 +188,8 @@ def parse_address(text: str, *, key: str = "address") -> tuple[str, int]:
 
 def is_loopback(host: str) -> bool:
     """Whether binding to this host keeps the port on this machine."""
+    import ipaddress
+
     if host == "localhost":
         return True
     try:
@@ -267,6 +267,8 @@ def _known_keys() -> list[str]:
 
 
 def _unknown(key: str, source: str) -> ConfigError:
+    import difflib
+
     near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
     if not near:
         tail = key.rpartition(".")[2]

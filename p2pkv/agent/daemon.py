@@ -18,6 +18,7 @@ import msgspec
 
 from p2pkv.agent.identity import Identity
 from p2pkv.agent.ipc import EngineServer
+from p2pkv.agent.populate import Populator
 from p2pkv.agent.service import CacheService
 from p2pkv.agent.transports import Transports
 from p2pkv.config import Config, parse_size
@@ -121,6 +122,10 @@ class Agent:
                 config.transport.quarantine, key="transport.quarantine", percent_of=self.arena.capacity_bytes
             ),
         )
+        populator = Populator(self.arena)
+        exits.push_async_callback(populator.stop)
+        self.store.watch_extents(populator.used)
+        populator.used(0, 0)
         self.index = PrefixIndex()
         self.ownership = OwnershipLog(self.identity.epoch, hold_ms=config.peer.hold_ms)
         self.movers = Movers(config.store.copy_threads)

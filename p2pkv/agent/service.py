@@ -94,7 +94,9 @@ class CacheService:
         self.ownership = ownership
         self.movers = movers
         self.lease_ttl_s = lease_ttl_s
-        self.fetcher: Fetcher[Reservation] | None = None  # set once the cell is joined; without it every remote block is a miss
+        self.fetcher: Fetcher[Reservation] | None = (
+            None  # set once the cell is joined; without it every remote block is a miss
+        )
         self.stats = ServiceStats()
         self._slot_node = slot_node
         self._on_layouts = on_layouts

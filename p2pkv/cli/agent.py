@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -16,6 +18,9 @@ import typer
 from p2pkv import config as configuration
 from p2pkv.config import Config, Log
 from p2pkv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from p2pkv.agent.daemon import Agent
 
 
 def agent(
@@ -33,6 +38,9 @@ def agent(
     transport: Annotated[str | None, typer.Option(help="auto, tcp or nixl.")] = None,
     insecure: Annotated[bool, typer.Option(help="Allow peers beyond loopback without authentication.")] = False,
     show_config: Annotated[bool, typer.Option(help="Print the effective configuration and exit.")] = False,
+    ready_fd: Annotated[
+        int | None, typer.Option(metavar="FD", help="Write a JSON line (node, ports) to this descriptor when up.")
+    ] = None,
 ) -> None:
     """Run the agent of this node until SIGTERM or Ctrl-C."""
     overrides: list[tuple[str, object]] = []
@@ -56,23 +64,45 @@ def agent(
         print(json.dumps(msgspec.to_builtins(settings), indent=2))
         return
     set_up_logging(settings.log)
-    run(settings)
+    run(settings, ready_fd)
 
 
-def run(settings: Config) -> None:
-    """Run an agent until it is told to stop."""
+def run(settings: Config, ready_fd: int | None = None) -> None:
+    """Run an agent until it is told to stop; ``ready_fd`` is written to and closed once it is up."""
     import uvloop
 
     from p2pkv.agent.daemon import Agent
 
     async def main() -> None:
         daemon = Agent(settings)
+        stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, daemon.request_stop)
-        await daemon.run()
+            loop.add_signal_handler(number, stop.set)
+        await daemon.start()
+        try:
+            if ready_fd is not None:
+                tell_ready(daemon, ready_fd)
+            await stop.wait()
+        finally:
+            await daemon.stop()
 
     uvloop.run(main())
+
+
+def tell_ready(daemon: Agent, descriptor: int) -> None:
+    """One JSON line: who this agent is and which ports it got (they may have been asked for as 0)."""
+    line = {
+        "node": f"{daemon.node:016x}",
+        "epoch": daemon.identity.epoch,
+        "pid": os.getpid(),
+        "socket": daemon.config.socket_path,
+        "peer_port": daemon.network.port,
+        "http_port": daemon.http_port,
+        "transports": daemon.transports.names(),
+    }
+    with open(descriptor, "w", encoding="ascii") as out, contextlib.suppress(BrokenPipeError):
+        print(json.dumps(line), file=out, flush=True)
 
 
 class JsonFormatter(logging.Formatter):

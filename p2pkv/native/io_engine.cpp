@@ -2,22 +2,32 @@
 
 #include <pthread.h>
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
 
 #include <algorithm>
 
 namespace p2pkv {
 namespace {
 constexpr uint64_t kWakeJob = ~uint64_t{0};
+constexpr uint64_t kTimerJob = kWakeJob - 1;
 constexpr int kEventsMax = 64;
+
+void watch(int epoll, int fd, uint64_t job) {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    event.data.u64 = job;
+    epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+}
 }  // namespace
 
 IoEngine::IoEngine(size_t transfers_max)
-    : transfers_max_(transfers_max), epoll_(epoll_create1(EPOLL_CLOEXEC)), wake_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
-    if (epoll_ < 0 || wake_fd_ < 0) throw std::runtime_error("epoll or eventfd failed");
-    epoll_event event{};
-    event.events = EPOLLIN;
-    event.data.u64 = kWakeJob;
-    epoll_ctl(epoll_, EPOLL_CTL_ADD, wake_fd_, &event);
+    : transfers_max_(transfers_max),
+      epoll_(epoll_create1(EPOLL_CLOEXEC)),
+      wake_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+      timer_fd_(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)) {
+    if (epoll_ < 0 || wake_fd_ < 0 || timer_fd_ < 0) throw std::runtime_error("epoll, eventfd or timerfd failed");
+    watch(epoll_, wake_fd_, kWakeJob);
+    watch(epoll_, timer_fd_, kTimerJob);
     thread_ = std::thread([this] { run(); });
 }
 
@@ -25,6 +35,7 @@ IoEngine::~IoEngine() {
     stop();
     close(epoll_);
     close(wake_fd_);
+    close(timer_fd_);
 }
 
 void IoEngine::wake() {
@@ -32,24 +43,42 @@ void IoEngine::wake() {
     [[maybe_unused]] const ssize_t written = write(wake_fd_, &one, sizeof one);
 }
 
+// Call with the mutex held. steady_clock is CLOCK_MONOTONIC here, so its times can be given to the kernel.
+void IoEngine::arm_timer(Clock::time_point when) {
+    timer_at_ = when;
+    itimerspec spec{};
+    if (when != Clock::time_point::max()) {
+        const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(when.time_since_epoch()).count();
+        spec.it_value.tv_sec = ns / 1'000'000'000;
+        spec.it_value.tv_nsec = std::max<long>(1, ns % 1'000'000'000);
+    }
+    timerfd_settime(timer_fd_, TFD_TIMER_ABSTIME, &spec, nullptr);
+}
+
 bool IoEngine::submit(std::unique_ptr<Transfer> transfer) {
     const uint64_t job = transfer->job;
-    std::lock_guard lock(mutex_);
-    if (stopping_ || job == kWakeJob || entries_.size() >= transfers_max_) return false;
     const int fd = transfer->fd;
-    const bool earlier = transfer->next_check() < sleeping_until_;
-    auto [it, fresh] = entries_.try_emplace(job);
-    if (!fresh) return false;
-    it->second.transfer = std::move(transfer);
-    epoll_event event{};
-    event.events = EPOLLOUT;  // the first step sends something; it is the I/O thread that takes it
-    event.data.u64 = job;
-    it->second.armed = event.events;
-    if (epoll_ctl(epoll_, EPOLL_CTL_ADD, fd, &event) != 0) {
-        entries_.erase(it);
-        return false;
+    std::lock_guard lock(mutex_);
+    if (stopping_ || job >= kTimerJob || entries_.size() >= transfers_max_ || entries_.contains(job)) return false;
+    const Transfer::Want want = transfer->begin();
+    if (want == Transfer::Want::done) {
+        report(*transfer);
+        return true;
     }
-    if (earlier) wake();
+    Entry& entry = entries_[job];
+    entry.transfer = std::move(transfer);
+    entry.armed = want == Transfer::Want::read ? EPOLLIN : EPOLLOUT;
+    epoll_event event{};
+    event.events = entry.armed;
+    event.data.u64 = job;
+    if (epoll_ctl(epoll_, EPOLL_CTL_ADD, fd, &event) != 0) {
+        entry.transfer->code = Code::closed;
+        entry.transfer->detail = "the socket cannot be watched";
+        report(*entry.transfer);
+        entries_.erase(job);
+        return true;
+    }
+    if (entry.transfer->next_check() < timer_at_) arm_timer(entry.transfer->next_check());
     return true;
 }
 
@@ -75,20 +104,25 @@ void IoEngine::stop() {
     if (thread_.joinable()) thread_.join();
 }
 
+void IoEngine::report(Transfer& transfer) {
+    IoEvent event;
+    event.job = transfer.job;
+    event.final = true;
+    event.code = transfer.code;
+    event.detail = std::move(transfer.detail);
+    transfer.fill_final(&event);
+    completions_.push(std::move(event));
+}
+
 // Takes the entry out of every table first, so that nobody can step it again, then tells.
 void IoEngine::finish(uint64_t job, Entry& entry) {
     epoll_ctl(epoll_, EPOLL_CTL_DEL, entry.transfer->fd, nullptr);
-    IoEvent event;
-    event.job = job;
-    event.final = true;
-    event.code = entry.transfer->code;
-    event.detail = std::move(entry.transfer->detail);
-    entry.transfer->fill_final(&event);
+    const std::unique_ptr<Transfer> transfer = std::move(entry.transfer);
     {
         std::lock_guard lock(mutex_);
         entries_.erase(job);
     }
-    completions_.push(std::move(event));
+    report(*transfer);
 }
 
 void IoEngine::step(uint64_t job) {
@@ -116,13 +150,13 @@ void IoEngine::step(uint64_t job) {
     }
 }
 
-// Ends what is past its deadline, stalled or cancelled; returns how many milliseconds may be slept.
-int IoEngine::sweep() {
+// Ends what is past its deadline, stalled or cancelled, and sets the timer for the next.
+void IoEngine::sweep() {
     const auto now = Clock::now();
     std::vector<std::pair<uint64_t, Entry*>> ended;
-    auto next = Clock::time_point::max();
     {
         std::lock_guard lock(mutex_);
+        auto next = Clock::time_point::max();
         for (auto& [job, entry] : entries_) {
             Transfer& transfer = *entry.transfer;
             if (entry.cancelled || stopping_) {
@@ -137,32 +171,31 @@ int IoEngine::sweep() {
             }
             ended.emplace_back(job, &entry);
         }
-        sleeping_until_ = next;
+        arm_timer(next);
     }
     for (auto& [job, entry] : ended) finish(job, *entry);
-    if (next == Clock::time_point::max()) return -1;
-    const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(next - Clock::now()).count();
-    return static_cast<int>(std::clamp<int64_t>(ms + 1, 1, 60'000));
 }
 
 void IoEngine::run() {
     pthread_setname_np(pthread_self(), "p2pkv-io");
     epoll_event events[kEventsMax];
     while (true) {
-        const int timeout = sweep();
-        {
-            std::lock_guard lock(mutex_);
-            if (stopping_ && entries_.empty()) return;
-        }
-        const int n = epoll_wait(epoll_, events, kEventsMax, timeout);
+        const int n = epoll_wait(epoll_, events, kEventsMax, -1);
+        bool look = false;
         for (int i = 0; i < n; ++i) {
-            if (events[i].data.u64 == kWakeJob) {
-                uint64_t count;
-                [[maybe_unused]] const ssize_t got = read(wake_fd_, &count, sizeof count);
-            } else {
-                step(events[i].data.u64);
+            const uint64_t job = events[i].data.u64;
+            if (job < kTimerJob) {
+                step(job);
+                continue;
             }
+            uint64_t count;
+            [[maybe_unused]] const ssize_t got = read(job == kWakeJob ? wake_fd_ : timer_fd_, &count, sizeof count);
+            look = true;
         }
+        if (!look) continue;
+        sweep();
+        std::lock_guard lock(mutex_);
+        if (stopping_ && entries_.empty()) return;
     }
 }
 

@@ -34,15 +34,18 @@ class IoEngine {
     void run();
     void step(uint64_t job);
     void finish(uint64_t job, Entry& entry);
-    int sweep();
+    void report(Transfer& transfer);
+    void sweep();
+    void arm_timer(Clock::time_point when);
     void wake();
 
     const size_t transfers_max_;
     const int epoll_;
     const int wake_fd_;
+    const int timer_fd_;  // fires at the earliest deadline: submitting never has to wake the thread
     mutable std::mutex mutex_;  // guards the map's shape; an entry's transfer is touched by the I/O thread only
     std::unordered_map<uint64_t, Entry> entries_;
-    Clock::time_point sleeping_until_ = Clock::time_point::max();
+    Clock::time_point timer_at_ = Clock::time_point::max();
     bool stopping_ = false;
     Completions<IoEvent> completions_;
     std::thread thread_;

@@ -19,6 +19,7 @@ constexpr size_t kRefusalBytesMax = 8192;
 constexpr size_t kPiece = 256 << 10;       // hashed while still in L2
 constexpr uint64_t kTurnBytes = 4 << 20;   // then another transfer of this thread gets its turn
 constexpr size_t kSendfileBytes = 1 << 20;
+constexpr uint64_t kBeginBytes = 256 << 10;  // some 30 us of the event loop's time; waking a thread costs as much
 
 uint32_t load32(const unsigned char* p) {
     uint32_t v;
@@ -173,7 +174,11 @@ void Receive::fill_final(IoEvent* event) { report(event); }
 Send::Send(uint64_t job, int fd, Limits limits, std::string header, int file, std::vector<FileRun> runs)
     : Transfer(job, fd, limits), header_(std::move(header)), file_(file), runs_(std::move(runs)) {}
 
-Transfer::Want Send::step() {
+Transfer::Want Send::begin() { return send_up_to(kBeginBytes); }
+
+Transfer::Want Send::step() { return send_up_to(kTurnBytes); }
+
+Transfer::Want Send::send_up_to(uint64_t bytes) {
     while (header_sent_ < header_.size()) {
         const int more = runs_.empty() ? 0 : MSG_MORE;
         const ssize_t n = send(fd, header_.data() + header_sent_, header_.size() - header_sent_,
@@ -185,15 +190,16 @@ Transfer::Want Send::step() {
     }
     uint64_t turn = 0;
     while (run_ < runs_.size()) {
-        if (turn >= kTurnBytes) return Want::write;
         const FileRun& run = runs_[run_];
         if (run_sent_ == run.length) {
             ++run_;
             run_sent_ = 0;
             continue;
         }
+        if (turn >= bytes) return Want::write;
         off_t offset = static_cast<off_t>(run.offset + run_sent_);
-        const ssize_t n = sendfile(fd, file_, &offset, std::min<uint64_t>(kSendfileBytes, run.length - run_sent_));
+        const ssize_t n = sendfile(fd, file_, &offset,
+                                   std::min<uint64_t>({kSendfileBytes, bytes - turn, run.length - run_sent_}));
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return on_errno(Want::write);
         if (n == 0) return fail(Code::protocol, "a run lies behind the end of the arena");

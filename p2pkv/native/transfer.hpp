@@ -51,6 +51,10 @@ class Transfer {
         : job(job), fd(fd), limits(limits), last_progress(Clock::now()) {}
     virtual ~Transfer() = default;
 
+    // The part of the work that is worth doing in the submitting thread, before the I/O thread has to be woken: a request
+    // goes out at once, and a small answer needs no other thread at all. Never blocks.
+    virtual Want begin() = 0;
+
     // Move bytes until the socket would block, the turn's budget is used, or the transfer ends. Never blocks.
     virtual Want step() = 0;
 
@@ -88,6 +92,7 @@ class Receive final : public Transfer {
   public:
     Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
             uint64_t partial_bytes);
+    Want begin() override { return send_request(); }
     Want step() override;
     bool take_partial(IoEvent* event) override;
     void fill_final(IoEvent* event) override;
@@ -128,10 +133,13 @@ struct FileRun {
 class Send final : public Transfer {
   public:
     Send(uint64_t job, int fd, Limits limits, std::string header, int file, std::vector<FileRun> runs);
+    Want begin() override;
     Want step() override;
     void fill_final(IoEvent* event) override { event->bytes = bytes_; }
 
   private:
+    Want send_up_to(uint64_t bytes);
+
     std::string header_;
     size_t header_sent_ = 0;
     const int file_;

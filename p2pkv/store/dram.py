@@ -138,6 +138,10 @@ class DramStore:
         self._writing = 0
         self._unlisted = 0
 
+    def watch_extents(self, on_extent: Callable[[int, int], None]) -> None:
+        """Have (offset, length) of every part of the arena told when it is assigned to a layout, to be written soon."""
+        self._slots.on_extent = on_extent
+
     # ---- layouts
 
     def register(self, layout: Layout) -> int:

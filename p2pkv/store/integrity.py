@@ -55,9 +55,7 @@ def _check_blocks(store: DramStore) -> None:
                 require(False, f"free, but it has a slot: {block}")
     require(not pins, "a leased block has lost its slot")
     sizes = Counter(space.size.slot_bytes for space in store._spaces.values())
-    require(
-        sizes == {n: size.namespaces for n, size in store._sizes.items()}, "slot sizes are not those of the layouts"
-    )
+    require(sizes == {n: size.namespaces for n, size in store._sizes.items()}, "slot sizes are not the layouts'")
     for slot_bytes, live in live_by_size.items():
         store._sizes[slot_bytes].policy.check_integrity(live)
 

@@ -15,7 +15,7 @@ Memory: 8 bytes per slot that was ever used since its extent was assigned, 40 mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Generic, TypeVar
 
 from p2pkv.errors import InvalidArgument, LocalProtocolError, OutOfSpace
@@ -80,7 +80,17 @@ class SlotAllocator(Generic[T]):
         extent_bytes: the unit in which memory moves between slot sizes; a multiple of 4096.
     """
 
-    __slots__ = ("_by_unit", "_pool", "_pool_units", "_sizes", "extent_bytes", "free_slot_bytes", "generation", "units")
+    __slots__ = (
+        "_by_unit",
+        "_pool",
+        "_pool_units",
+        "_sizes",
+        "extent_bytes",
+        "free_slot_bytes",
+        "generation",
+        "on_extent",
+        "units",
+    )
 
     def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
         if extent_bytes < PAGE_BYTES or extent_bytes % PAGE_BYTES:
@@ -95,6 +105,8 @@ class SlotAllocator(Generic[T]):
         """Generation of the slot that was taken last."""
         self.free_slot_bytes = 0
         """Bytes of free slots in extents that are assigned to a size."""
+        self.on_extent: Callable[[int, int], None] = lambda offset, length: None
+        """Called with (offset, length) when memory is assigned to a slot size: it is about to be written."""
         self._by_unit: list[_Extent[T] | None] = [None] * self.units
         self._pool = bytearray(b"\x01") * self.units  # 1 = belongs to no size; bytes, so that runs are found by memmem
         self._pool_units = self.units
@@ -220,6 +232,7 @@ class SlotAllocator(Generic[T]):
         extent: _Extent[T] = _Extent(at, units, self.extent_bytes, slot_bytes)
         self._pool[at : at + units] = bytes(units)
         self._pool_units -= units
+        self.on_extent(at * self.extent_bytes, units * self.extent_bytes)
         self._by_unit[at : at + units] = [extent] * units
         self.free_slot_bytes += extent.slots * slot_bytes
         size.partial[extent] = None

@@ -34,11 +34,16 @@ SETTLE_S: Final = 0.25
 QUARANTINE_POLL_S: Final = 0.02
 SPIN_S: Final = 200e-6
 SLEEP_MAX_S: Final = 1e-3
-SERVE_SLEEP_MAX_S: Final = 200e-6
-"""While a peer reads from here each of its round trips waits for our next progress call."""
+"""Naps grow to this while a transfer stalls, or nobody makes use of our serving: a tenth of a core instead of all."""
 
-WORK_S: Final = 3e-6
-"""NIXL does not tell whether progress did anything; an empty call takes 1 us, one that moved bytes takes longer."""
+WORK_S: Final = 10e-6
+"""NIXL does not tell whether progress did anything. An empty call takes 1 us, or 5 with cold caches; one that moved
+bytes takes longer."""
+
+PROBES_INLINE: Final = 3
+PROBES_MAX: Final = 6
+"""The first reads of a connection may take another way than later ones, and over tcp a quick owner's answer may come
+within the post: a peer is inline when so many probes in a row were, among at most so many."""
 
 TURN_S: Final = 2e-3
 """Longest that reads are driven before commands and deadlines are looked at again."""
@@ -158,9 +163,7 @@ class Engine:
                 return 0.0
         quiet = now - self._worked_at
         adaptive = 0.0 if quiet < SPIN_S else max(20e-6, quiet / 8)
-        if now < self._serve_until:
-            return min(adaptive, SERVE_SLEEP_MAX_S)
-        if self._reads or any(peer.waiters for peer in self._connecting):
+        if now < self._serve_until or self._reads or any(peer.waiters for peer in self._connecting):
             return min(adaptive, SLEEP_MAX_S)
         return QUARANTINE_POLL_S if self._quarantine else idle_s
 
@@ -215,7 +218,9 @@ class Engine:
                 op.flying.append(suspect)
                 op.flying_bytes += length
                 op.peer.in_flight += 1
-                if self._fabric.post(suspect.transfer) and op.flying[0] is suspect:
+                if not self._fabric.post(suspect.transfer):
+                    op.inline = False
+                elif op.flying[0] is suspect:
                     self._land(op, op.flying.pop(), now)
         except FabricError as error:
             if error.disconnected:
@@ -254,11 +259,12 @@ class Engine:
             self._timed_out += 1
         else:
             self._failed += 1
-        self.out.append((wire.ReadDone(status, op.done_bytes, extents, detail[:1000]), op.read_id))
+        done = wire.ReadDone(status, op.done_bytes, extents, op.inline, detail[:1000])
+        self.out.append((done, op.read_id))
 
     def _refuse(self, read_id: int, status: ReadStatus, detail: str) -> None:
         self._failed += 1
-        self.out.append((wire.ReadDone(status, 0, b"", detail), read_id))
+        self.out.append((wire.ReadDone(status, 0, b"", True, detail), read_id))
 
     # quarantine
 
@@ -312,30 +318,31 @@ class Engine:
         """Post a small read. Over a connection that exists it may end at once, which :meth:`_advance` finds out."""
         transfer = self._fabric.probe(peer.name, peer.base, min(length, peer.bytes))
         try:
-            peer.inline = self._fabric.post(transfer)
+            inline = self._fabric.post(transfer)
         except FabricError:
             self._fabric.release(transfer)
             raise
         peer.probe = transfer
+        peer.probes += 1
+        peer.probes_inline = peer.probes_inline + 1 if inline else 0
         peer.in_flight += 1
 
     def _advance(self, peer: Peer, now: float) -> None:
-        """The connection's handshake needs both sides' progress. A first probe of 8 bytes carries it; a second of
-        64 KiB sets up the path that large reads take and shows whether they end inside the post."""
+        """The connection's handshake needs both sides' progress. A first probe of 8 bytes carries it; those of 64 KiB
+        that follow set up the path that large reads take, and show whether they end inside the post."""
         probe = peer.probe
-        first = peer.state == "connecting"
         try:
             if probe is not None and self._fabric.ended(probe):
                 self._fabric.release(probe)
                 peer.in_flight -= 1
                 peer.probe = None
                 self._worked_at = now
-                if first:
-                    peer.state = "probing"
-                    self._probe(peer, 65_536)
-                else:
+                peer.inline = peer.probes_inline >= PROBES_INLINE
+                if peer.inline or peer.probes_inline + PROBES_MAX - peer.probes < PROBES_INLINE:
                     peer.state = "ready"
                     self._connecting.remove(peer)
+                else:
+                    self._probe(peer, 65_536)
         except FabricError as error:
             # Probes write into scratch memory: they need no settling.
             if peer.probe is not None:

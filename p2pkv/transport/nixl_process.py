@@ -85,7 +85,7 @@ class ReadOutcome(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """What ADD_PEER found out. ``inline``: reads need nothing of the owner's child, so the owner need not serve."""
+    """What is known of a connection. ``inline``: no read has needed the owner's child yet, so it need not serve."""
 
     inline: bool
     connect_us: int
@@ -434,6 +434,8 @@ class NixlProcess:
             self._hold(read_id, extents)
         if done.status in (ReadStatus.NO_PEER, ReadStatus.DISCONNECTED):
             self._peers.pop(pending.peer, None)
+        elif not done.inline and (known := self._peers.get(pending.peer)) is not None:
+            self._peers[pending.peer] = known._replace(inline=False)
         if not pending.future.done():
             pending.future.set_result(ReadOutcome(done.done_bytes, error_of(done, pending.peer), read_id, extents))
 
@@ -520,8 +522,8 @@ class NixlProcess:
 def piece_bytes_for(total: int) -> int:
     """In which steps progress of a read is worth hearing.
 
-    A step costs about 100 us (cold caches in the child, a wake-up of the agent), as much as copying 400 KiB on one host;
-    and checksumming the last step is what the reader waits for after the last byte: so a quarter, from 2 MiB."""
+    A step costs about 100 us (cold caches in the child, a wake-up of the agent), as much as copying 400 KiB on one
+    host; and checksumming the last step is what the reader waits for at the end: so a quarter, from 2 MiB."""
     return min(max(total // 4, 2 << 20), 8 << 20)
 
 

@@ -28,7 +28,10 @@ Runs = tuple[list[int], list[int], list[int]]
 class Peer:
     """An owner that can be read from, or soon."""
 
-    __slots__ = ("base", "bytes", "in_flight", "inline", "metadata", "name", "probe", "since", "state", "waiters")
+    __slots__ = (
+        "base", "bytes", "in_flight", "inline", "metadata", "name", "probe", "probes", "probes_inline", "since",
+        "state", "waiters",
+    )  # fmt: skip
 
     def __init__(self, request: wire.AddPeer, now: float) -> None:
         self.name = request.name
@@ -38,6 +41,8 @@ class Peer:
         self.state = "connecting"  # -> "ready" -> "gone"
         self.since = now
         self.probe: object | None = None
+        self.probes = 0
+        self.probes_inline = 0  # the latest so many in a row
         self.inline = False
         self.in_flight = 0
         self.waiters: list[tuple[int, float]] = []  # (request id, deadline) of ADD_PEERs without an answer
@@ -59,8 +64,8 @@ class ReadOp:
     """One READ: what is left to post (run, offset in it), what flies, how much has landed."""
 
     __slots__ = (
-        "deadline", "done_bytes", "flying", "flying_bytes", "lengths", "local", "next_offset", "next_run", "peer", "piece_bytes",
-        "read_id", "remote", "reported", "total", "wants_progress", "window",
+        "deadline", "done_bytes", "flying", "flying_bytes", "inline", "lengths", "local", "next_offset", "next_run",
+        "peer", "piece_bytes", "read_id", "remote", "reported", "total", "wants_progress", "window",
     )  # fmt: skip
 
     def __init__(self, read_id: int, peer: Peer, runs: Runs, base: int, piece_bytes: int, deadline: float) -> None:
@@ -77,6 +82,7 @@ class ReadOp:
         self.next_run = 0
         self.next_offset = 0
         self.flying_bytes = 0
+        self.inline = True  # so far every piece ended inside its post
         self.flying: deque[Piece] = deque()
         self.done_bytes = 0
         self.reported = 0

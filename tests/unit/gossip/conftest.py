@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 
 from p2pkv.config import Peer
 from p2pkv.gossip.effects import Close, Dial, Effect, Say, Send
@@ -31,6 +33,15 @@ def make_card(node: int = 2, epoch: int = 1, *, host: str = "10.0.0.2", instance
 def make_layout(**fields: Any) -> Layout:
     defaults: dict[str, Any] = {"model": "m", "revision": "r", "kv_dtype": "bf16", "block_tokens": 256}
     return Layout(**{**defaults, "block_bytes": 1 << 20, **fields})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The driver's tests run on asyncio's own loop and on uvloop, which the agent uses."""
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+    if item.path.name.startswith("test_driver"):
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
 
 
 class Bench:

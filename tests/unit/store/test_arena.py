@@ -105,9 +105,16 @@ def test_populating_makes_the_pages_and_keeps_what_is_in_them(arena: Arena) -> N
 
 
 def test_populating_large_areas_goes_in_steps(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = arena_module._populate_write, []
+
+    def counted(address: int, length: int) -> None:
+        calls.append((address - arena.base_address, length))
+        real(address, length)
+
     monkeypatch.setattr(arena_module, "POPULATE_STEP_BYTES", 64 << 10)
-    arena.populate(0, arena.capacity_bytes)
-    assert pages_present(arena) == 1024
+    monkeypatch.setattr(arena_module, "_populate_write", counted)
+    arena.populate(4096 + 7, (128 << 10) - 7)
+    assert calls == [(4096, 64 << 10), (4096 + (64 << 10), 64 << 10)]  # the kernel wants whole pages
 
 
 def test_populating_works_on_kernels_that_cannot_do_it_in_one_call(

@@ -21,6 +21,34 @@ def test_events_come_out_in_order_and_once() -> None:
     assert queue.take() == []
 
 
+def test_what_is_left_out_is_what_cancels_and_the_rest_stays_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "COMPACT_AT", 7)
+    queue = OwnershipEvents()
+    said = [(1, Tier.DRAM), (9, Tier.GONE), (2, Tier.DRAM), (3, Tier.DRAM), (9, Tier.DRAM), (2, Tier.GONE)]
+    for key, tier in [*said, (1, Tier.GONE), (1, Tier.DRAM)]:
+        queue.add(key, tier)
+    assert queue.take() == [(3, Tier.DRAM), (1, Tier.DRAM)]
+
+
+def test_a_queue_of_events_that_all_matter_is_not_searched_again_at_every_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(events, "COMPACT_AT", 64)
+    real, searches = OwnershipEvents._compact, 0
+
+    def counted(queue: OwnershipEvents) -> None:
+        nonlocal searches
+        searches += 1
+        real(queue)
+
+    monkeypatch.setattr(OwnershipEvents, "_compact", counted)
+    queue = OwnershipEvents()
+    for key in range(10_000):
+        queue.add(key, Tier.DRAM)
+    assert len(queue.take()) == 10_000
+    assert searches < 10
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_queue_that_nobody_takes_stays_bounded_and_still_tells_the_truth(
     seed: int, monkeypatch: pytest.MonkeyPatch

@@ -80,7 +80,7 @@ def test_leases_expire_in_order_whatever_the_order_they_were_granted_in() -> Non
 
 def test_ttl_is_clamped_to_the_limits() -> None:
     leases = table(ttl_min_s=0.5, ttl_max_s=30.0)
-    for asked, granted in [(-1.0, 0.5), (0.0, 0.5), (3.0, 3.0), (1e9, 30.0)]:
+    for asked, granted in [(-1.0, 0.5), (0.0, 0.5), (3.0, 3.0), (1e9, 30.0), (float("nan"), 30.0)]:
         assert leases.grant("p", ["a"], 1, asked, now=0.0).expires_at == granted
 
 
@@ -92,7 +92,9 @@ def test_a_holder_is_bounded_in_leases_and_in_bytes_and_gets_its_room_back() -> 
     with pytest.raises(Busy):
         leases.grant("p", ["b"], 41, 5.0, now=0.0)
     leases.grant("p", ["b"], 10, 5.0, now=0.0)
-    assert leases.room("p") == 0
+    assert leases.room("p") == 0  # two leases are all it may have, whatever their bytes
+    with pytest.raises(Busy):
+        leases.grant("p", ["c"], 1, 5.0, now=0.0)
     assert leases.room("q") == 100
     leases.release(first.lease_id, 1.0)
     assert leases.room("p") == 90

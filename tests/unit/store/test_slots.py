@@ -59,12 +59,13 @@ def test_slots_of_one_size_fill_the_arena_without_overlap(make: Make) -> None:
 
 def test_the_slot_freed_last_is_taken_first(make: Make) -> None:
     slots = make(16 * PAGE, 4 * PAGE, PAGE)
-    taken = take_all(slots, PAGE)
-    for offset in (taken[9], taken[2], taken[10]):
-        slots.free(offset)
-    assert slots.take(PAGE, "x") in (taken[9], taken[2], taken[10])
-    slots.free(taken[15])
-    assert slots.take(PAGE, "x") == taken[15]
+    take_all(slots, PAGE)
+    for page in (1, 0, 2):
+        slots.free(page * PAGE)
+    assert [slots.take(PAGE, "x") for _ in range(3)] == [2 * PAGE, 0, PAGE]
+    slots.free(3 * PAGE)
+    slots.free(9 * PAGE)  # its extent was full: it becomes the one to take from
+    assert [slots.take(PAGE, "x") for _ in range(2)] == [9 * PAGE, 3 * PAGE]
 
 
 def test_every_reuse_of_a_place_has_a_larger_generation_even_in_another_size(make: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import mmap
 import os
@@ -34,6 +35,12 @@ MIB = 1 << 20
 ARENA = 96 * MIB
 TCP = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
 """No copy inside one system call: the owner's process has to take part, so it can be stopped in mid read."""
+
+
+@functools.cache
+def content() -> bytes:
+    """Random, so that no two places of the owner's arena look alike."""
+    return random.Random(7).randbytes(ARENA)
 
 
 class Node:
@@ -76,10 +83,12 @@ class Node:
 
 
 @asynccontextmanager
-async def nodes(*, owner: dict[str, object] | None = None, reader: dict[str, object] | None = None) -> AsyncIterator[tuple[Node, Node]]:
+async def nodes(
+    *, owner: dict[str, object] | None = None, reader: dict[str, object] | None = None
+) -> AsyncIterator[tuple[Node, Node]]:
     """An owner whose arena is full of random bytes, and a reader connected to it."""
     owning, reading = Node(0xA, **(owner or {})), Node(0xB, **(reader or {}))
-    owning.memory[:] = random.Random(7).randbytes(ARENA)
+    owning.memory[:] = content()
     try:
         await asyncio.gather(owning.process.start(), reading.process.start())
         await connect(owning, reading)
@@ -178,6 +187,9 @@ async def test_a_read_brings_exactly_the_owners_bytes_and_touches_nothing_else(u
             assert all(0 < done < total for done in progress)
         stats = await reading.process.stats()
         assert stats.reads_ok == len(cases)
+        connection = reading.process.connected(name_of(owning))
+        assert connection is not None
+        assert not (connection.inline and ucx)  # over tcp the owner's process has to serve
 
 
 @needs_nixl
@@ -446,7 +458,7 @@ async def main():
 asyncio.run(main())
 """
     root = str(Path(__file__).parents[3])
-    with subprocess.Popen(
+    with subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
     ) as agent:
         assert agent.stdout is not None
@@ -463,7 +475,7 @@ asyncio.run(main())
 
 @needs_nixl
 async def test_idle_children_use_next_to_no_processor_time() -> None:
-    async with nodes() as (owning, reading):
+    async with nodes() as (owning, _):
         owning.process.serve_done("test")
         ticks = os.sysconf("SC_CLK_TCK")
 

@@ -1,0 +1,84 @@
+"""``p2pkv lookup``: ask a running agent who holds a prompt's prefix."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from typing import Annotated, Any, Final
+
+import typer
+
+from p2pkv.errors import AgentUnavailable, ConfigError, InvalidArgument
+
+TIMEOUT_S: Final = 5.0
+ANSWER_BYTES_MAX: Final = 64 << 20
+
+
+def lookup(
+    model: Annotated[str, typer.Option(help="Model name as the engines serve it.")],
+    tokens: Annotated[
+        str | None, typer.Option(help="Token ids, separated by commas or spaces; - reads them from stdin.")
+    ] = None,
+    hashes: Annotated[
+        str | None, typer.Option(help="Block hashes in hexadecimal, separated by commas or spaces; - for stdin.")
+    ] = None,
+    agent: Annotated[str, typer.Option(metavar="HOST:PORT", help="The agent's HTTP endpoint.")] = "127.0.0.1:7840",
+    tenant: Annotated[str | None, typer.Option(help="Tenant of the cache.")] = None,
+    lora: Annotated[str | None, typer.Option(help="LoRA adapter's name.")] = None,
+    salt: Annotated[str | None, typer.Option(help="Cache salt of the request.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the agent's answer as it is.")] = False,
+) -> None:
+    """Show how much of a prompt each node holds, by one agent's own index (no network beyond that agent)."""
+    if (tokens is None) == (hashes is None):
+        raise ConfigError("give either --tokens or --hashes")
+    body: dict[str, Any] = {"model": model, "tenant_id": tenant, "lora_name": lora, "cache_salt": salt}
+    if tokens is not None:
+        try:
+            body["token_ids"] = [int(word) for word in _words(tokens)]
+        except ValueError as error:
+            raise InvalidArgument("token ids are integers", reason=error) from error
+        path = "/query"
+    else:
+        body["seq_hashes"] = _words(hashes or "")
+        path = "/query_by_hash"
+    answer = _post(f"http://{agent}{path}", body)
+    if json_:
+        print(json.dumps(answer))
+        return
+    rows = [
+        (tenant_name, instance, str(found["longest_matched"]), str(found["GPU"]), str(found["CPU"]), str(found["DISK"]))
+        for tenant_name, instances in answer.items()
+        for instance, found in sorted(instances.items(), key=lambda item: -item[1]["longest_matched"])
+    ]
+    if not rows:
+        print("nobody holds the first block of this prompt")
+        return
+    _table([("tenant", "node", "tokens", "in HBM", "in DRAM", "on disk"), *rows])
+
+
+def _words(text: str) -> list[str]:
+    if text == "-":
+        text = sys.stdin.read()
+    return text.replace(",", " ").split()
+
+
+def _post(url: str, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            answer: dict[str, dict[str, Any]] = json.loads(response.read(ANSWER_BYTES_MAX))
+            return answer
+    except urllib.error.HTTPError as error:
+        raise InvalidArgument("the agent refused the question", status=error.code, reason=error.read(500)) from error
+    except (OSError, ValueError) as error:
+        raise AgentUnavailable(
+            "no agent answers", url=url, reason=error, hint="Is it running, with http.enabled, and is --agent right?"
+        ) from error
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
