@@ -9,10 +9,12 @@ MAKEFLAGS += --no-builtin-rules
 
 VENV ?= .venv
 VENV_LOCK ?= .venv-lock
+VLLM_PYTHON ?= .venv-vllm/bin/python
 CXX := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCHES ?= fetch failover stress idle
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -111,8 +113,12 @@ environments:
 	@$(MAKE) --no-print-directory -j2 nixl-if-there vllm
 
 .PHONY: test-e2e
-test-e2e: environments ## two real vLLM replicas
+test-e2e: environments test-connectors ## two real vLLM replicas
 	@$(PYTEST) tests/e2e -m e2e --durations=0
+
+.PHONY: test-connectors
+test-connectors: environments ## the connectors' unit tests against the engine's own types, in its environment
+	@$(VLLM_PYTHON) -m pytest $(PYTEST_ARGS) tests/unit/connectors
 
 # --------------------------------------------------------------------------------------------------------------- checks
 
@@ -150,9 +156,11 @@ demo: environments ## one prefix, two vLLM replicas; DEMO_ARGS="--transport tcp 
 	@$(BIN)/p2pkv demo $(DEMO_ARGS)
 
 .PHONY: bench
-bench: setup nixl-if-there ## measure; BENCH_ARGS="--quick"
+bench: setup nixl-if-there ## measure everything; BENCHES="fetch" BENCH_ARGS="--quick"
 	@mkdir -p results
-	@$(BIN)/p2pkv bench fetch --json $(BENCH_ARGS) | tee results/bench-fetch.json
+	@for name in $(BENCHES); do \
+	  $(BIN)/p2pkv bench $$name --json $(BENCH_ARGS) | tee results/$$name.json; \
+	done
 
 # ---------------------------------------------------------------------------------------------------------- maintenance
 

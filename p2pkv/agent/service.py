@@ -150,9 +150,9 @@ class CacheService:
         blocks = [None if b is None else HeldBlock(b.offset, b.length, b.generation, b.checksum) for b in pinned.blocks]
         return Held(pinned.lease_id, pinned.ttl_s, blocks)
 
-    def release(self, lease: int) -> bool:
-        """End a peer's lease; True when it was in force all along."""
-        return self.store.release(lease, self._clock())
+    def release(self, lease: int, holder: int) -> bool:
+        """End a peer's lease; True when it was in force all along. Nobody can end another's."""
+        return self.store.release(lease, self._clock(), ("peer", holder))
 
     # --- for the fetcher (Landing) ---
 
@@ -329,6 +329,7 @@ class CacheService:
         finally:
             for _, place in places[committed:]:
                 self.store.abort(place)
+            self.store.touch(namespace, keys, self._clock())  # so that of the chain the tail is evicted first
             self._publish()
         counts = Counter(statuses)
         self.stats.stored += counts[Status.OK]
@@ -363,7 +364,7 @@ class CacheService:
                 with region:
                     copied = await self.movers.copy(Work.COPY, items, deadline_s=max(0.0, deadline - self._clock()))
             finally:
-                held = not ready.lease or self.store.release(ready.lease, self._clock())
+                held = not ready.lease or self.store.release(ready.lease, self._clock(), holder)
             for n, i in enumerate(ready.indices):
                 statuses[i] = ready.statuses[n]
             for position, n in enumerate(good):

@@ -6,7 +6,9 @@ keys; every later question is answered from here. Rules:
 1. An answer holds until the request is scheduled, preempted or finished; then a new question is sent.
 2. A question that is not answered within the deadline counts as a miss for the request, also if the answer comes later.
 3. A key whose load failed for a request stays a miss for that request to its end, or it would be tried for ever.
-4. Everything is bounded: requests, and questions in flight (the oldest is forgotten, its keys time out).
+4. A request is promised no more blocks than the primary tier has slots, and each one once: what was loaded and is
+   looked up again has been evicted meanwhile, and would push the next one out.
+5. Everything is bounded: requests, and questions in flight (the oldest is forgotten, its keys time out).
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ class _Question(NamedTuple):
 
 
 class _Request:
-    __slots__ = ("answers", "asked_below", "deadlines", "failed")
+    __slots__ = ("answers", "asked_below", "deadlines", "failed", "loaded", "promised")
 
     def __init__(self) -> None:
         self.answers: dict[bytes, Answer] = {}
         self.deadlines: dict[bytes, float] = {}  # keys whose answer is awaited -> until when
         self.failed: set[bytes] = set()
+        self.promised: set[bytes] = set()
+        self.loaded: set[bytes] = set()
         self.asked_below: set[int] = set()  # groups whose earlier positions were asked for too
 
 
@@ -52,12 +56,16 @@ class LookupTable:
 
     Args:
         deadline_s: how long a question may stay open.
+        promised_max: blocks that one request may be promised: the slots of the primary tier.
         requests_max: requests that may have answers at once; beyond it, the oldest request's answers are forgotten.
         questions_max: questions that may be in flight at once.
     """
 
-    def __init__(self, *, deadline_s: float, requests_max: int = 8192, questions_max: int = 4096) -> None:
+    def __init__(
+        self, *, deadline_s: float, promised_max: int, requests_max: int = 8192, questions_max: int = 4096
+    ) -> None:
         self._deadline_s = deadline_s
+        self._promised_max = promised_max
         self._requests_max = requests_max
         self._questions_max = questions_max
         self._requests: OrderedDict[str, _Request] = OrderedDict()
@@ -143,6 +151,22 @@ class LookupTable:
             return 0
         return self._resolve(request, [key for key in asked.keys if key in request.deadlines], Answer.MISS)
 
+    def promise(self, request_id: str, key: bytes) -> bool:
+        """Whether a hit on ``key`` may be told to the engine, which then allocates a slot and loads it: rule 4."""
+        request = self._request(request_id)
+        if key in request.promised:
+            return key not in request.loaded
+        if len(request.promised) >= self._promised_max:
+            return False
+        request.promised.add(key)
+        return True
+
+    def loaded(self, request_id: str, keys: Iterable[bytes]) -> None:
+        """``keys`` are in the primary tier now, for this request."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.loaded.update(keys)
+
     def load_failed(self, request_id: str, keys: Iterable[bytes]) -> None:
         """Loading ``keys`` for this request failed: rule 3."""
         request = self._requests.get(request_id)
@@ -159,9 +183,8 @@ class LookupTable:
         if request is None:
             return
         if request.failed:
-            request.answers.clear()
-            request.deadlines.clear()
-            request.asked_below.clear()
+            for table in (request.answers, request.deadlines, request.asked_below, request.promised, request.loaded):
+                table.clear()
         else:
             del self._requests[request_id]
 

@@ -134,7 +134,9 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
             tenant=self._options.tenant,
         )
         self._resets = 0
-        self._lookups = LookupTable(deadline_s=self._options.lookup_deadline_ms / 1000)
+        self._lookups = LookupTable(
+            deadline_s=self._options.lookup_deadline_ms / 1000, promised_max=len(primary_kv_view)
+        )
         self._parts: dict[int, _Part] = {}
         self._finished: list[JobResult] = []
         self._stats = metrics.TierStats()
@@ -176,7 +178,7 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
             self._lookups.timeouts = 0
         if answer is Answer.PENDING:
             return LookupResult.RETRY
-        if not answer.is_hit:
+        if not answer.is_hit or not self._lookups.promise(req_context.req_id, key):
             return LookupResult.MISS
         self.cache_hit_source = _SOURCES[answer]
         return LookupResult.HIT
@@ -340,7 +342,8 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
 
     def _finish(self, job: _Job) -> None:
         success = not job.failed
-        if job.is_load and not success:
+        if job.is_load:
+            self._lookups.loaded(job.request_id, job.done)
             self._lookups.load_failed(job.request_id, job.failed)
         self._finished.append(
             JobResult(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import islice
-from random import Random
 from typing import Final
 
 import msgspec
@@ -28,7 +27,7 @@ from p2pkv.store.base import Block, BlockState, EvictionPolicy, Pinned, Reservat
 from p2pkv.store.events import OwnershipEvents
 from p2pkv.store.eviction import Lru
 from p2pkv.store.integrity import check_dram_store
-from p2pkv.store.lease import Lease, LeaseLimits, LeaseTable
+from p2pkv.store.lease import CountedBits, Lease, LeaseLimits, LeaseTable, RandomBits
 from p2pkv.store.slots import SlotAllocator, extent_bytes_for, slot_bytes_for
 from p2pkv.types import (
     BLOCK_HASH_BYTES_MAX,
@@ -104,7 +103,7 @@ class DramStore:
         pinned_bytes_max: what all leases together may hold, each block once; by default 3/4 of the arena, so that
             readers cannot stop all writing.
         quarantine_bytes_max: quarantined bytes above which :attr:`quarantine_full` asks for action; 1/4 by default.
-        rng: source of lease ids; by default one that the system seeds.
+        rng: source of lease ids. An agent passes ``random.SystemRandom()``; the default is predictable, for tests.
     """
 
     def __init__(
@@ -116,13 +115,13 @@ class DramStore:
         leases: LeaseLimits | None = None,
         pinned_bytes_max: int | None = None,
         quarantine_bytes_max: int | None = None,
-        rng: Random | None = None,
+        rng: RandomBits | None = None,
     ) -> None:
         self._slots: SlotAllocator[Block] = SlotAllocator(
             capacity_bytes, extent_bytes_for(capacity_bytes) if extent_bytes is None else extent_bytes
         )
         limits = LeaseLimits(bytes_per_holder_max=max(1, capacity_bytes // 2)) if leases is None else leases
-        self._leases: LeaseTable[Block] = LeaseTable(limits, Random() if rng is None else rng, self._unpin)
+        self._leases: LeaseTable[Block] = LeaseTable(limits, CountedBits() if rng is None else rng, self._unpin)
         self._new_policy = policy
         self._capacity_bytes = capacity_bytes
         self._pinned_bytes = 0

@@ -16,18 +16,39 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable
-from random import Random
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
 from p2pkv.errors import Busy, InvalidArgument
+from p2pkv.types import mix64
 
 T = TypeVar("T")
 
 COMPACT_SLACK: Final = 64
 """Released leases leave their entry in the expiry heap until it is due or more than half of the heap is such entries;
 the slack keeps small tables from rebuilding theirs all the time."""
+
+
+class RandomBits(Protocol):
+    """Where lease ids come from: ``random.SystemRandom()`` in an agent, ``random.Random(seed)`` in a simulation."""
+
+    def getrandbits(self, k: int, /) -> int:
+        """A random integer of ``k`` bits."""
+        ...
+
+
+class CountedBits:
+    """No randomness: distinct 64-bit numbers that anybody can compute. For tests, and where nobody is malicious."""
+
+    __slots__ = ("_count",)
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def getrandbits(self, k: int, /) -> int:
+        self._count += 1
+        return mix64(self._count) >> (64 - k)
 
 
 class LeaseLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,15 +101,14 @@ class LeaseTable(Generic[T]):
 
     Args:
         limits: see :class:`LeaseLimits`.
-        rng: where ids come from: ``Random()``, seeded by the system, in an agent; ``Random(seed)`` in simulations.
-            Ids are 64 bits and never 0. They are hard to hit by chance, but somebody who has seen hundreds of them
-            can compute the next: what keeps a reader from ending another's lease is the ``holder`` of ``release``.
+        rng: where ids come from, 64 bits each, never 0. What keeps a reader from ending another's lease is the
+            ``holder`` of ``release``; where callers do not name it, ids must be impossible to guess.
         on_end: called once with every lease that ends, after it has left the table. Must not call the table.
     """
 
     __slots__ = ("_due", "_holders", "_leases", "_limits", "_on_end", "_rng", "expired_total")
 
-    def __init__(self, limits: LeaseLimits, rng: Random, on_end: Callable[[Lease[T]], None]) -> None:
+    def __init__(self, limits: LeaseLimits, rng: RandomBits, on_end: Callable[[Lease[T]], None]) -> None:
         limits.check()
         self._limits = limits
         self._rng = rng

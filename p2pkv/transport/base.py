@@ -49,8 +49,8 @@ class BlockSource(Protocol):
         """
         ...
 
-    def release(self, lease: int) -> bool:
-        """End a lease; True when it was in force all along."""
+    def release(self, lease: int, holder: int) -> bool:
+        """End a holder's lease; True when it was in force all along."""
         ...
 
 

@@ -180,6 +180,9 @@ class NixlTransport:
         if not pinned.lease:
             return PullResult(statuses, 0)
         landing = _Landing(request, pinned, self._arena.base_address, statuses)
+        if not landing.runs:
+            self._release(request.node, pinned.lease)
+            return PullResult(statuses, 0, "the peer's blocks are not as long as the layout says")
         try:
             outcome = await self.process.read(
                 owner.name, landing.runs, max(0.001, deadline - loop.time()), landing.on_progress
@@ -299,7 +302,7 @@ class NixlTransport:
 
     def _on_release(self, asker: Asker, release: Release) -> Released:
         self.process.serve_done(release.lease)
-        return Released(self._source.release(release.lease))
+        return Released(self._source.release(release.lease, asker.node_id))
 
     def _on_connect(self, asker: Asker, connect: NixlConnect) -> NixlEndpointReply:
         endpoint: NixlEndpoint | None = self.process.ready
@@ -323,7 +326,7 @@ class _Landing:
             if pinned.statuses[i] != Status.OK:
                 continue
             destination = request.destinations[i]
-            if extent.length != destination.length:
+            if extent.length != destination.length or not 0 <= extent.offset < 1 << 63:
                 statuses[i] = Status.INVALID
                 continue
             self._wanted.append(i)
@@ -359,9 +362,12 @@ class _Landing:
             self._statuses[i] = status
 
     def touched_by(self, extents: Sequence[tuple[int, int]]) -> frozenset[int]:
-        """Which blocks' destinations overlap these (offset, length) extents of the arena."""
+        """Which blocks that have not landed whole overlap these (offset, length) extents of the arena.
+
+        A read that nobody answered for in time names all of its extents; what has landed is not written to again.
+        """
         unsafe = set()
-        for i in self._wanted:
+        for i in self._wanted[self._next :]:
             destination = self._request.destinations[i]
             end = destination.offset + destination.length
             if any(offset < end and destination.offset < offset + length for offset, length in extents):

@@ -7,6 +7,7 @@ caller can rely on:
 * Bytes of a read that has ended may still arrive while they are in *quarantine*: ``on_quarantine`` names them before
   the read's answer does, ``on_clear`` comes when nothing can write them any more: the transfer ended, or the child
   that ran it was reaped. Slots touched by quarantined bytes must not be reused in between.
+* ``on_clear(read_id)`` never comes before the caller of that read has run with the outcome up to its next ``await``.
 * Quarantine is bounded in bytes and time. Beyond either the child is killed: the one sure way to stop a transfer.
 * After a child's death every pending read fails within milliseconds, and a new child (a new *incarnation*, with a new
   agent name, knowing no peers) follows after a pause that doubles up to a limit.
@@ -158,6 +159,8 @@ class NixlProcess:
         self._pending: dict[int, _Pending] = {}
         self._asked: dict[int, asyncio.Future[msgspec.Struct]] = {}
         self._quarantine = Quarantine(self._options.quarantine_bytes_max, self._options.quarantine_s)
+        self._undelivered: set[int] = set()  # reads whose callers have not been told yet
+        self._clear_later: set[int] = set()
         self._due_timer: asyncio.TimerHandle | None = None
         self._due_at = 0.0
         self._quarantine_timer: asyncio.TimerHandle | None = None
@@ -286,6 +289,7 @@ class NixlProcess:
         pending = _Pending(peer, runs, now + deadline_s + GRACE_S, loop.create_future(), on_progress)
         self._pending[read_id] = pending
         self._watch(pending.due)
+        self._undelivered.add(read_id)
         try:
             return await pending.future
         except asyncio.CancelledError:
@@ -293,6 +297,11 @@ class NixlProcess:
                 self._abandon(read_id, DeadlineExceeded("the read was cancelled"))
                 child.send(wire.Cancel(), read_id)
             raise
+        finally:
+            self._undelivered.discard(read_id)
+            if read_id in self._clear_later:
+                self._clear_later.discard(read_id)
+                loop.call_soon(self._clear, read_id)  # after the caller has seen the outcome
 
     def serve(self, token: Hashable, until: float) -> None:
         """A peer whose reads are not inline reads from here: keep the child progressing until then
@@ -501,7 +510,10 @@ class NixlProcess:
         self._check_quarantine()
 
     def _clear(self, read_id: int) -> None:
-        if self._quarantine.clear(read_id) and self._on_clear is not None:
+        """The end of a quarantine must not be heard before its beginning: the caller may not have run yet."""
+        if read_id in self._undelivered:
+            self._clear_later.add(read_id)
+        elif self._quarantine.clear(read_id) and self._on_clear is not None:
             self._on_clear(read_id)
 
     def _check_quarantine(self, timer_fired: bool = False) -> None:

@@ -245,7 +245,7 @@ class _Serving:
 
     def _release(self) -> None:
         if self._lease:
-            self._transport._source.release(self._lease)
+            self._transport._source.release(self._lease, self._node)
             self._lease = 0
 
     def _on_readable(self) -> None:

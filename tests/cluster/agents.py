@@ -50,8 +50,8 @@ def eventually(what: Callable[[], T], deadline_s: float = 10.0, *, why: str = ""
 
 
 def make_layout(block_bytes: int = 65_536, **changes: Any) -> Layout:
-    """A layout for tests; blocks of ``block_bytes``."""
-    fields: dict[str, Any] = {"model": "m", "revision": "r", "kv_dtype": "float32", "block_tokens": 16}
+    """A layout for tests; blocks of ``block_bytes``, a model of its own for each size so that no two conflict."""
+    fields: dict[str, Any] = {"model": f"m{block_bytes}", "revision": "r", "kv_dtype": "float32", "block_tokens": 16}
     return Layout(block_bytes=block_bytes, **(fields | changes))
 
 

@@ -12,7 +12,7 @@ POSITIONS = {key: 16 * (i + 1) for i, key in enumerate(KEYS)}
 
 @pytest.fixture
 def table() -> LookupTable:
-    return LookupTable(deadline_s=0.05, requests_max=4, questions_max=3)
+    return LookupTable(deadline_s=0.05, promised_max=3, requests_max=4, questions_max=3)
 
 
 def ask(table: LookupTable, key: bytes, *, question: int, now: float, request: str = "a") -> list[bytes]:
@@ -113,3 +113,13 @@ def test_requests_and_questions_are_bounded(table: LookupTable) -> None:
     # The oldest questions were forgotten: their answers go nowhere, their requests time out.
     assert table.answered(6, ["local"] * 6, 0.0) is None
     assert table.answered(9, ["local"] * 6, 0.0) is not None
+
+
+def test_a_request_is_promised_no_more_than_fits_and_each_block_once(table: LookupTable) -> None:
+    assert [table.promise("a", key) for key in KEYS] == [True] * 3 + [False] * 3
+    assert table.promise("a", KEYS[0])  # not loaded yet: the same promise
+    assert table.promise("b", KEYS[5])
+    table.loaded("a", KEYS[:1])
+    assert not table.promise("a", KEYS[0])
+    table.scheduled("a")
+    assert table.promise("a", KEYS[0])

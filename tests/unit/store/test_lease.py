@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pkv.errors import Busy, InvalidArgument
-from p2pkv.store.lease import Lease, LeaseLimits, LeaseTable
+from p2pkv.store.lease import CountedBits, Lease, LeaseLimits, LeaseTable
 
 
 class Ended(list[Lease[str]]):
@@ -136,6 +136,13 @@ def test_ids_are_never_zero_nor_in_use_and_come_from_the_given_rng() -> None:
 
     leases: LeaseTable[str] = LeaseTable(LeaseLimits(), Scripted(), Ended().append)
     assert [leases.grant("p", ["a"], 1, 5.0, now=0.0).lease_id for _ in range(2)] == [7, 8]
+
+
+def test_without_randomness_ids_are_still_distinct() -> None:
+    bits = CountedBits()
+    drawn = {bits.getrandbits(64) for _ in range(10_000)}
+    assert len(drawn) == 10_000
+    assert all(0 < each < 1 << 64 for each in drawn)
 
 
 def test_releasing_leaves_no_trail_of_expiry_entries() -> None:

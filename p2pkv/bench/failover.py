@@ -1,0 +1,200 @@
+"""``p2pkv bench failover``: a peer is killed; do local hits feel it, and how long does a get of its blocks take?
+
+Three agents; this process is the engine of the first. It gets local blocks one by one while another agent is killed
+with SIGKILL in between, and right after the kill, when the death may not be known yet, asks once for a block that only
+the dead agent had. Repeated with a fresh victim; the claims are about the median round for the ratios (two cores have
+other things to do as well) and about the worst round for the miss.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from p2pkv.bench import report
+from p2pkv.bench.agents import AgentProcess, Fleet, fleet, layout_of, put_all, wait_remote, wait_until
+from p2pkv.bench.progress import Progress
+from p2pkv.bench.report import Claim, Report, Row, at_most, percentile, ratio
+from p2pkv.client import Cache, Layout, Status
+from p2pkv.errors import IntegrityError, P2PKVError
+
+BLOCK_BYTES: Final = 64 << 10
+CAPACITY_BYTES: Final = 64 << 20
+GETS: Final = 1_000
+KILL_AT: Final = 100
+"""The get before which the victim is killed: nine tenths of them see its death."""
+LOCAL_KEYS: Final = 64
+VICTIM_KEYS: Final = 16
+ROUNDS: Final = 5
+DEADLINE_MS: Final = 2_000
+P99_RATIO_MAX: Final = 1.5
+MISS_MS_MAX: Final = 100.0
+
+
+class Round(Row, frozen=True, kw_only=True):
+    """One kill. p99 of local gets before, while and after it; how long the first get of a dead node's block took."""
+
+    round: int
+    block_bytes: int
+    gets: int
+    before_p50_us: float | None
+    before_p99_us: float | None
+    during_p99_us: float | None
+    after_p99_us: float | None
+    during_over_before: float | None
+    after_over_before: float | None
+    first_miss_ms: float | None
+    first_miss_status: str
+    next_miss_ms: float | None
+    hidden_after_ms: float | None
+
+
+class Kill(NamedTuple):
+    """What one round measured, in seconds."""
+
+    before: list[float]
+    during: list[float]
+    after: list[float]
+    first_miss: float
+    first_status: Status
+    next_miss: float
+    hidden_after: float
+
+
+def run(*, quick: bool = False, transport: str = "tcp", progress: Progress | None = None) -> Report:
+    """Measure.
+
+    Raises:
+        IntegrityError: a get delivered wrong bytes. P2PKVError: a local get missed.
+    """
+    progress = progress or Progress()
+    rows: list[Round] = []
+    rounds = 1 if quick else ROUNDS
+    with fleet() as agents:
+        scene = Scene(agents, transport)
+        for number in range(rounds):
+            progress.step("kills", number, rounds)
+            rows.append(row_of(number, scene.kill_one()))
+    return report.make_report("failover", rows, claims_of(rows))
+
+
+def row_of(number: int, kill: Kill) -> Round:
+    """Sum a round up."""
+    before, during, after = (percentile(samples, 99) for samples in (kill.before, kill.during, kill.after))
+    return Round(
+        round=number,
+        block_bytes=BLOCK_BYTES,
+        gets=len(kill.before),
+        before_p50_us=report.rounded(percentile(kill.before, 50) * 1e6),
+        before_p99_us=report.rounded(before * 1e6),
+        during_p99_us=report.rounded(during * 1e6),
+        after_p99_us=report.rounded(after * 1e6),
+        during_over_before=report.rounded(ratio(during, before)),
+        after_over_before=report.rounded(ratio(after, before)),
+        first_miss_ms=report.rounded(kill.first_miss * 1e3),
+        first_miss_status=kill.first_status.name.lower(),
+        next_miss_ms=report.rounded(kill.next_miss * 1e3),
+        hidden_after_ms=report.rounded(kill.hidden_after * 1e3),
+    )
+
+
+def claims_of(rows: list[Round]) -> list[Claim]:
+    """The promises of issue 2, point 5."""
+    during = percentile([row.during_over_before or float("nan") for row in rows], 50)
+    after = percentile([row.after_over_before or float("nan") for row in rows], 50)
+    misses = [row.first_miss_ms for row in rows]
+    slowest = max((miss for miss in misses if miss is not None), default=float("nan"))
+    got = sum(row.first_miss_status == Status.OK.name.lower() for row in rows)
+    what = f"p99 of {GETS} local gets over that of before, median of {len(rows)} kills"
+    return [
+        at_most("failover.local_p99.during_over_before", during, P99_RATIO_MAX, "x", what),
+        at_most("failover.local_p99.after_over_before", after, P99_RATIO_MAX, "x", what),
+        at_most("failover.first_get_of_dead", slowest, MISS_MS_MAX, "ms", "the longest of all kills"),
+        at_most("failover.blocks_from_the_dead", got, 0, "blocks", "gets of a dead node's block that said OK"),
+    ]
+
+
+class Scene:
+    """Two agents that stay and one that is killed and replaced, with blocks at each."""
+
+    def __init__(self, agents: Fleet, transport: str) -> None:
+        self._agents = agents
+        self._transport = transport
+        self._layout: Layout = layout_of(BLOCK_BYTES)
+        self._rng = random.Random(0)
+        reader = self._start("reader")
+        bystander = self._start("bystander")
+        self._cache = agents.open(reader, self._layout)[1]
+        self._blocks = self._fill(self._cache, LOCAL_KEYS)
+        there = self._fill(agents.open(bystander, self._layout)[1], VICTIM_KEYS)
+        wait_remote(self._cache, list(there))
+        self._buffer = bytearray(BLOCK_BYTES)
+        self._victims = 0
+
+    def _start(self, name: str) -> AgentProcess:
+        return self._agents.start(name, capacity_bytes=CAPACITY_BYTES, transport=self._transport)
+
+    def _fill(self, cache: Cache, count: int) -> dict[bytes, bytes]:
+        blocks = {self._rng.randbytes(32): self._rng.randbytes(BLOCK_BYTES) for _ in range(count)}
+        put_all(cache, list(blocks), list(blocks.values()))
+        return blocks
+
+    def kill_one(self) -> Kill:
+        """One round with a fresh victim."""
+        victim = self._start(f"victim{self._victims}")
+        self._victims += 1
+        client, cache = self._agents.open(victim, self._layout)
+        keys = list(self._fill(cache, VICTIM_KEYS))
+        client.close()
+        wait_remote(self._cache, keys)
+        if self._cache.get_into([keys[0]], [self._buffer], deadline_ms=DEADLINE_MS) != [True]:
+            raise P2PKVError("the victim's blocks cannot be read while it lives")  # and its connection is in use now
+        asked: list[tuple[float, Status]] = []
+        killed_at = 0.0
+
+        def kill(i: int) -> None:
+            nonlocal killed_at
+            if i == KILL_AT:
+                killed_at = time.perf_counter()
+                victim.kill()
+                asked.append(self._ask(keys[1]))
+
+        gc.collect()
+        gc.disable()
+        try:
+            self._local_gets(None)  # warm
+            before = self._local_gets(None)
+            during = self._local_gets(kill)
+            wait_until(
+                "the dead node's entries to be hidden", lambda: self._cache.match([keys[3]]).present == [None]
+            )
+            hidden_after = time.perf_counter() - killed_at
+            after = self._local_gets(None)
+            next_miss, _ = self._ask(keys[2])
+        finally:
+            gc.enable()
+        return Kill(before, during, after, *asked[0], next_miss, hidden_after)
+
+    def _ask(self, key: bytes) -> tuple[float, Status]:
+        began = time.perf_counter()
+        status = self._cache.get_statuses([key], [self._buffer], DEADLINE_MS)[0]
+        return time.perf_counter() - began, status
+
+    def _local_gets(self, before_each: Callable[[int], None] | None) -> list[float]:
+        keys = list(self._blocks)
+        seconds = []
+        for i in range(GETS):
+            if before_each is not None:
+                before_each(i)
+            key = keys[i % len(keys)]
+            began = time.perf_counter()
+            ok = self._cache.get_into([key], [self._buffer], deadline_ms=DEADLINE_MS)
+            seconds.append(time.perf_counter() - began)
+            if ok != [True]:
+                raise P2PKVError("a local get missed", get=i)
+            if self._buffer != self._blocks[key]:
+                raise IntegrityError("a local get delivered wrong bytes", key=key.hex())
+        return seconds

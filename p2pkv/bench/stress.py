@@ -1,0 +1,231 @@
+"""``p2pkv bench stress``: reads between two agents while the owner evicts and reuses slots all the time.
+
+A writer in a process of its own fills the owner's small arena about once a second. Readers here ask the other agent for
+blocks of which the older ones are just being evicted, with both of an engine's ways to read, and compare every
+byte that they are given. The reader's agent keeps next to nothing, so nearly every read is a pull.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import tempfile
+import threading
+import time
+from collections import Counter as Tally
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from p2pkv.bench import report
+from p2pkv.bench.agents import AgentProcess, fleet, layout_of, wait_until
+from p2pkv.bench.child import Child
+from p2pkv.bench.progress import Progress
+from p2pkv.bench.report import Claim, Report, Row, at_least, at_most
+from p2pkv.bench.stress_writer import BLOCK_BYTES, Counter, block_of, key_of
+from p2pkv.client import AgentClient, Status
+from p2pkv.errors import DeadlineExceeded, P2PKVError
+
+READS: Final = 1_000_000
+READS_QUICK: Final = 100_000
+READERS: Final = 2
+BATCH: Final = 16
+OWNER_SLOTS: Final = 2_048
+WRITES_PER_S: Final = 2_048.0
+"""A slot is used again after about a second."""
+READER_SLOTS: Final = 256
+WINDOW: Final = (0.15, 1.1)
+"""Blocks this old are read, as shares of the owner's slots: from known at the reader to probably evicted."""
+RECENT: Final = READER_SLOTS + 2 * BATCH * READERS
+"""A reader does not ask for blocks that it asked for so few blocks ago: they may still be in its agent."""
+DEADLINE_MS: Final = 5_000
+STUCK_S: Final = 60.0
+QUICK_GOSSIP: Final = {"peer.hold_ms": "0", "peer.flush_ms": "10"}
+"""Blocks live for a second only: tell the reader about them before they are gone."""
+
+
+class Stress(Row, frozen=True, kw_only=True):
+    """What came of all reads, in blocks. ``pulled`` and ``rejected`` are the reader's agent's own counts."""
+
+    transport: str
+    block_bytes: int
+    reads: int
+    delivered: int
+    pulled: int
+    wrong: int
+    rejected: int
+    missed: int
+    missed_at_owner: int
+    timed_out: int
+    written: int
+    evicted: int
+    seconds: float
+    pulled_per_s: float | None
+    gb_s: float | None
+
+
+def run(*, reads: int = READS, transport: str = "tcp", progress: Progress | None = None) -> Report:
+    """Read until so many blocks have been pulled.
+
+    Raises:
+        DeadlineExceeded: nothing moves any more.
+    """
+    progress = progress or Progress()
+    with contextlib.ExitStack() as exits:
+        agents = exits.enter_context(fleet())
+        owner, reader = (
+            agents.start(
+                name, capacity_bytes=slots * BLOCK_BYTES, transport=transport, http=True, settings=QUICK_GOSSIP
+            )
+            for name, slots in (("owner", OWNER_SLOTS), ("reader", READER_SLOTS))
+        )
+        path = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="p2pkv-bench-"))) / "written"
+        written = Counter(path)
+        writer = exits.enter_context(Child("stress_writer", owner.socket, str(path), str(WRITES_PER_S)))
+        writer.line()
+        wait_until("the owner's arena to be full", lambda: written.value >= OWNER_SLOTS)
+        readers = [Reader(number, reader.socket, written) for number in range(READERS)]
+        began = time.monotonic()
+        first = pulls(reader)
+        for one in readers:
+            one.start()
+        try:
+            _wait(reader, readers, first, reads, progress)
+        finally:
+            for one in readers:
+                one.stopping.set()
+            for one in readers:
+                one.join()
+        seconds = time.monotonic() - began
+        for one in readers:
+            if one.error is not None:
+                raise one.error
+        row = row_of(transport, readers, owner.metrics(), reader.metrics(), first, written.value, seconds)
+    return report.make_report("stress", [row], claims_of(row, reads))
+
+
+def _wait(agent: AgentProcess, readers: list[Reader], first: int, reads: int, progress: Progress) -> None:
+    moved_at, last = time.monotonic(), 0
+    while (done := pulls(agent) - first) < reads and all(reader.is_alive() for reader in readers):
+        progress.step("blocks pulled", done, reads)
+        if done > last:
+            moved_at, last = time.monotonic(), done
+        elif time.monotonic() - moved_at > STUCK_S:
+            raise DeadlineExceeded("no block has been pulled for long", seconds=STUCK_S, pulled=done)
+        time.sleep(0.5)
+
+
+def pulls(agent: AgentProcess) -> int:
+    """Blocks that an agent has pulled and proven."""
+    return int(agent.metrics()["p2pkv_pulled_blocks_total"])
+
+
+def row_of(
+    transport: str,
+    readers: list[Reader],
+    owner: dict[str, float],
+    reader: dict[str, float],
+    first: int,
+    written: int,
+    seconds: float,
+) -> Stress:
+    """Sum up what the readers saw and what the agents counted."""
+    statuses: Tally[Status] = Tally()
+    for one in readers:
+        statuses += one.statuses
+    pulled = int(reader["p2pkv_pulled_blocks_total"]) - first
+    return Stress(
+        transport=transport,
+        block_bytes=BLOCK_BYTES,
+        reads=statuses.total(),
+        delivered=statuses[Status.OK],
+        pulled=pulled,
+        wrong=sum(one.wrong for one in readers),
+        rejected=int(reader["p2pkv_rejected_blocks_total"]),
+        missed=statuses.total() - statuses[Status.OK] - statuses[Status.TIMEOUT],
+        missed_at_owner=int(reader["p2pkv_pull_missing_blocks_total"]),
+        timed_out=statuses[Status.TIMEOUT],
+        written=written,
+        evicted=int(owner["p2pkv_evictions_total"]),
+        seconds=report.rounded(seconds) or seconds,
+        pulled_per_s=report.rounded(pulled / seconds),
+        gb_s=report.rounded(pulled * BLOCK_BYTES / seconds / 1e9),
+    )
+
+
+def claims_of(row: Stress, reads: int) -> list[Claim]:
+    """The promise of issue 2, point 6, and that it was put to the test."""
+    return [
+        at_most("stress.wrong", row.wrong, 0, "blocks", "delivered as OK with other bytes"),
+        at_least("stress.pulled", row.pulled, reads, "blocks", "read from the peer"),
+        at_least("stress.evicted", row.evicted, OWNER_SLOTS, "blocks", "slots reused at the owner meanwhile"),
+    ]
+
+
+class Reader(threading.Thread):
+    """Reads with a client of its own and judges what it gets."""
+
+    def __init__(self, number: int, socket: str, written: Counter) -> None:
+        super().__init__(name=f"reader {number}", daemon=True)
+        self.stopping = threading.Event()
+        self.statuses: Tally[Status] = Tally()
+        self.wrong = 0
+        self.error: P2PKVError | None = None
+        self._number = number
+        self._socket = socket
+        self._written = written
+        self._rng = random.Random(number)
+        self._recent: deque[int] = deque(maxlen=RECENT)
+
+    def run(self) -> None:
+        """Until told to stop, or until something is wrong that is not about one block."""
+        try:
+            with AgentClient(self._socket, name=self.name) as client, _region() as (fd, slots):
+                cache = client.open(layout_of(BLOCK_BYTES, "stress"))
+                region = cache.map_region(fd, slots=BATCH)
+                buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(BATCH)]
+                while not self.stopping.is_set():
+                    keys = self._choose()
+                    self._judge(keys, buffers, cache.get_statuses(keys, buffers, DEADLINE_MS))
+                    keys = self._choose()
+                    job = cache.load(keys, region, range(BATCH), deadline_ms=DEADLINE_MS)
+                    results = client.poll(4 * DEADLINE_MS)
+                    if [result.job_id for result in results] != [job] or results[0].lost:
+                        raise P2PKVError("a load was lost", results=results)
+                    self._judge(keys, slots, [Status(status) for status in results[0].statuses])
+        except P2PKVError as error:
+            self.error = error
+
+    def _choose(self) -> list[bytes]:
+        newest = self._written.value
+        young, old = (newest - int(share * OWNER_SLOTS) for share in WINDOW)
+        recent = set(self._recent)
+        chosen: list[int] = []
+        while len(chosen) < BATCH:
+            number = self._rng.randrange(max(0, old), max(BATCH * 2, young)) // READERS * READERS + self._number
+            if number not in recent:
+                recent.add(number)
+                chosen.append(number)
+        self._recent.extend(chosen)
+        return [key_of(number) for number in chosen]
+
+    def _judge(self, keys: list[bytes], blocks: list[memoryview], statuses: list[Status]) -> None:
+        for key, block, status in zip(keys, blocks, statuses, strict=True):
+            if status is Status.OK and block != block_of(key):
+                self.wrong += 1
+        self.statuses.update(statuses)
+
+
+@contextlib.contextmanager
+def _region() -> Iterator[tuple[int, list[memoryview]]]:
+    """Shared memory for one batch."""
+    fd = os.memfd_create("p2pkv-stress", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, BATCH * BLOCK_BYTES)
+        memory = memoryview(mmap.mmap(fd, BATCH * BLOCK_BYTES))
+        yield fd, [memory[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES] for i in range(BATCH)]
+    finally:
+        os.close(fd)

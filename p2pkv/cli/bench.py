@@ -1,0 +1,78 @@
+"""``p2pkv bench``: measure what this project promises, on this machine. The measuring is :mod:`p2pkv.bench`'s."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from p2pkv.bench.report import Report, write_tables
+from p2pkv.cli.app import CONTEXT_SETTINGS
+
+app = typer.Typer(
+    help="Measure against memcpy and raw sockets, in the same run.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=CONTEXT_SETTINGS,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer samples: for CI, and to see that it works.")]
+Check = Annotated[bool, typer.Option("--check", help="Exit with 1 when a claim does not hold.")]
+
+
+def finish(report: Report, *, json: bool, check: bool) -> None:
+    """Print a report and end."""
+    if json:
+        print(report.to_json())
+    else:
+        write_tables(report, sys.stdout)
+    raise typer.Exit(1 if check and not report.ok else 0)
+
+
+@app.command()
+def fetch(
+    transport: Annotated[str, typer.Option(help="tcp, nixl or tcp,nixl; default: what is installed.")] = "",
+    quick: Quick = False,
+    json: Json = False,
+    check: Check = False,
+) -> None:
+    """A get from a peer, beside memcpy, raw TCP and raw NIXL of the same bytes."""
+    from p2pkv.bench import fetch as bench
+
+    asked = [name.strip() for name in transport.split(",") if name.strip()]
+    finish(bench.run(transports=asked, quick=quick), json=json, check=check)
+
+
+@app.command()
+def failover(quick: Quick = False, json: Json = False, check: Check = False) -> None:
+    """Local gets while a peer is killed, and the first get of what only the dead peer had."""
+    from p2pkv.bench import failover as bench
+
+    finish(bench.run(quick=quick), json=json, check=check)
+
+
+@app.command()
+def stress(
+    reads: Annotated[int | None, typer.Option(min=1, help="Blocks to read; default: a million, quick: 100,000.")] = None,
+    transport: Annotated[str, typer.Option(help="tcp or nixl.")] = "tcp",
+    quick: Quick = False,
+    json: Json = False,
+    check: Check = False,
+) -> None:
+    """64 KiB reads from a peer that keeps evicting and reusing slots: not one wrong block."""
+    from p2pkv.bench import stress as bench
+
+    count = reads or (bench.READS_QUICK if quick else bench.READS)
+    finish(bench.run(reads=count, transport=transport), json=json, check=check)
+
+
+@app.command()
+def idle(quick: Quick = False, json: Json = False, check: Check = False) -> None:
+    """CPU time of agents that have nothing to do."""
+    from p2pkv.bench import idle as bench
+
+    finish(bench.run(quick=quick), json=json, check=check)

@@ -1,0 +1,192 @@
+"""A bare node for the transports' contract: arena, store, peer network and one transport, with nothing above them.
+
+Several live in one event loop. The owner's half can be made to misbehave through :class:`Source`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from p2pkv import _native
+from p2pkv.config import Peer
+from p2pkv.errors import Busy
+from p2pkv.gossip.driver import PeerNetwork
+from p2pkv.index.ownership import OwnershipLog
+from p2pkv.index.prefix import PrefixIndex
+from p2pkv.store.arena import Arena
+from p2pkv.store.base import Reservation
+from p2pkv.store.dram import DramStore
+from p2pkv.transport.base import Held, HeldBlock, NullTransport, PullRequest, PullResult, Transport
+from p2pkv.transport.movers import Movers
+from p2pkv.transport.nixl import NixlTransport
+from p2pkv.transport.nixl_process import NixlOptions
+from p2pkv.transport.tcp import TcpTransport
+from p2pkv.types import Extent, Layout, Status
+from p2pkv.wire.peer import Address, Card
+from tests.cluster.agents import make_layout
+
+ARENA_BYTES = 96 << 20
+UCX_OVER_TCP = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
+"""Not one system call from memory to memory: the owner's process has to take part in every read."""
+
+
+class Source:
+    """What the transport serves from. ``busy``: refuse. ``on_pin``: called with every lease's blocks before the answer."""
+
+    def __init__(self, store: DramStore) -> None:
+        self.store = store
+        self.busy = False
+        self.on_pin: Callable[[Sequence[HeldBlock | None]], None] = lambda _: None
+        self.ttl_max_s = 10.0
+        self.pins = 0
+
+    def pin(self, namespace: int, hashes: Sequence[bytes], ttl_s: float, holder: int) -> Held:
+        if self.busy:
+            raise Busy("this test says so")
+        self.pins += 1
+        pinned = self.store.pin(namespace, hashes, min(ttl_s, self.ttl_max_s), time.monotonic(), ("peer", holder))
+        blocks = [None if b is None else HeldBlock(b.offset, b.length, b.generation, b.checksum) for b in pinned.blocks]
+        self.on_pin(blocks)
+        return Held(pinned.lease_id, pinned.ttl_s, blocks)
+
+    def release(self, lease: int) -> bool:
+        return self.store.release(lease, time.monotonic())
+
+    @property
+    def leases(self) -> int:
+        self.store.expire(time.monotonic())
+        return self.store.stats().leases
+
+
+class Pulled(NamedTuple):
+    """A pull, what was reported on the way, and how long it took."""
+
+    result: PullResult
+    reports: list[tuple[int, Status, bytes]]
+    places: list[Reservation]
+    seconds: float
+
+    @property
+    def statuses(self) -> list[Status]:
+        return self.result.statuses
+
+
+class Node:
+    """See the module's docstring. ``kind``: tcp, nixl, nixl-tcp (NIXL made to use its TCP) or null."""
+
+    def __init__(self, kind: str, *, stall_s: float = 2.0) -> None:
+        self.kind = kind
+        self.id = random.SystemRandom().getrandbits(63) | 1
+        self.arena = Arena.create(ARENA_BYTES)
+        self.store = DramStore(ARENA_BYTES)
+        self.source = Source(self.store)
+        self.movers = Movers(1)
+        self.cleared: list[int] = []
+        name = kind.partition("-")[0]
+        self.network = PeerNetwork(
+            settings=Peer(port=0),
+            cell="default",
+            card=Card(self.id, 1, Address("", 0), "", "test", [], ["tcp", name]),
+            log=OwnershipLog(1, hold_ms=0),
+            index=PrefixIndex(),
+        )
+        self.transport: Transport = self._make_transport(name, stall_s)
+
+    def _make_transport(self, name: str, stall_s: float) -> Transport:
+        if name == "null":
+            return NullTransport()
+        if name == "tcp":
+            tcp = TcpTransport(
+                movers=self.movers, arena=self.arena, source=self.source, open_data=self.network.open_data,
+                stream_bytes=4 << 20, stall_s=stall_s,
+            )  # fmt: skip
+            self.network.on_data_connection = lambda sock, hello, rest: tcp.accept(sock, hello.card.node, rest)
+            return tcp
+        return NixlTransport(
+            arena=self.arena, source=self.source, network=self.network, node=self.id, epoch=1,
+            options=NixlOptions(ucx=UCX_OVER_TCP if self.kind == "nixl-tcp" else {}),
+            lease_ttl_s=10.0, on_clear=self.cleared.append, on_endpoint=lambda: None,
+        )  # fmt: skip
+
+    async def start(self) -> Node:
+        self.movers.start()
+        await self.transport.start()
+        await self.network.start()
+        return self
+
+    async def stop(self) -> None:
+        await self.network.stop()
+        await self.transport.stop()
+        self.movers.stop()
+        self.arena.close()
+
+    async def meet(self, node: int, address: tuple[str, int], deadline_s: float = 10.0) -> None:
+        """Dial an owner; returns when its stream is current."""
+        self.network._on_seeds("test", [Address(*address)])
+        await until(lambda: (peer := self.network.peer(node)) is not None and peer.alive, deadline_s)
+
+    # --- blocks
+
+    def namespace(self, layout: Layout) -> int:
+        """The layout's namespace, registered here."""
+        return self.store.register(layout)
+
+    def put(self, layout: Layout, key: bytes, content: bytes) -> Reservation:
+        """Store a block."""
+        place = self.reserve(layout, key)
+        self.arena.view(place.offset, place.length)[:] = content
+        self.store.commit(place, _native.xxh3_128(content), time.monotonic())
+        return place
+
+    def reserve(self, layout: Layout, key: bytes) -> Reservation:
+        """A slot to pull into."""
+        place = self.store.reserve(self.namespace(layout), key, time.monotonic())
+        assert isinstance(place, Reservation), place
+        return place
+
+    def bytes_at(self, place: Reservation) -> bytes:
+        return bytes(self.arena.view(place.offset, place.length))
+
+    async def pull(
+        self, owner: int, layout: Layout, keys: Sequence[bytes], *, deadline_s: float = 20.0, length: int | None = None
+    ) -> Pulled:
+        """Pull into fresh slots of which every byte is 0xEE. ``length`` asks for another block size than the layout's.
+
+        The slots are given back (or parked, where the result calls them unsafe) before this returns, so that a test
+        can check that nobody writes to them afterwards: they are not reused here.
+        """
+        place_layout = layout if length is None else make_layout(length, model=f"another-{length}")
+        places = [self.reserve(place_layout, os.urandom(16)) for _ in keys]
+        for place in places:
+            self.arena.view(place.offset, place.length)[:] = b"\xee" * place.length
+        reports: list[tuple[int, Status, bytes]] = []
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        result = await self.transport.pull(
+            PullRequest(
+                owner,
+                layout.namespace,
+                list(keys),
+                [Extent(place.offset, place.length) for place in places],
+                deadline_s,
+                lambda *report: reports.append(report),
+            )
+        )
+        return Pulled(result, reports, places, loop.time() - started)
+
+    def forget(self, pulled: Pulled) -> None:
+        """Give the slots of a pull back."""
+        for place in pulled.places:
+            self.store.abort(place)
+
+
+async def until(what: Callable[[], Any], deadline_s: float = 10.0) -> None:
+    """Wait until ``what`` is true."""
+    async with asyncio.timeout(deadline_s):
+        while not what():
+            await asyncio.sleep(0.002)
