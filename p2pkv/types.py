@@ -63,7 +63,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     world: int = 1
     order: str = ""  # of layers, heads and tensors inside a block, e.g. "NHD/layer-major"
     hash_algo: str = ""
-    hash_seed: str = ""
+    hash_seed: str = ""  # what the chain of hashes starts from, in hexadecimal (vLLM's NONE_HASH), or a name for it
+    hash_block_tokens: int = 0  # tokens per hashed block where a block is made of several; 0 = block_tokens
     engine: str = ""
     engine_format: str = ""
     group: int = 0  # KV-cache group of a hybrid model
@@ -102,6 +103,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             found.append(f"block_tokens is {self.block_tokens}, not within 1..1048576")
         if not 1 <= self.block_bytes <= BLOCK_BYTES_MAX:
             found.append(f"block_bytes is {self.block_bytes}, not within 1..{BLOCK_BYTES_MAX}")
+        if not 0 <= self.hash_block_tokens <= self.block_tokens or self.block_tokens % (self.hash_block_tokens or 1):
+            found.append(f"hash_block_tokens {self.hash_block_tokens} does not divide block_tokens {self.block_tokens}")
         if not 0 <= self.rank < self.world:
             found.append(f"rank {self.rank} is not below world {self.world}")
         for name in self.__struct_fields__:

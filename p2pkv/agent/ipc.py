@@ -211,14 +211,13 @@ class EngineConnection:
         return not self._closed and not self._hangup.poll(0)
 
     def close(self) -> None:
-        """Disconnect; jobs under way end by themselves and publish nothing that they finish from now on."""
+        """Disconnect. Jobs under way are cancelled and publish nothing that they finish from now on; the socket is closed
+        last, so that the engine, when it sees that, knows that nothing writes into its memory any more."""
         if self._closed:
             return
         self._closed = True
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
-        self._hangup.unregister(self._sock)
-        self._sock.close()
         while self._fds:
             os.close(self._fds.popleft())
         for layout in self._layouts.values():
@@ -239,6 +238,7 @@ class EngineConnection:
         for region in self._regions.values():
             await region.close()
         self._regions.clear()
+        self._sock.close()
         self._server.connections.discard(self)
 
     # --- frames in ---

@@ -65,8 +65,14 @@ def hashes_of_tokens(
     Raises:
         InvalidArgument: this agent does not know the layout's hash algorithm.
     """
-    hashed = block_tokens or layout.block_tokens
-    hasher = VllmHasher(layout.hash_algo, layout.hash_seed or None)
+    hashed = block_tokens or layout.hash_block_tokens or layout.block_tokens
+    try:
+        none_hash = bytes.fromhex(layout.hash_seed) if layout.hash_seed else None
+    except ValueError:
+        raise InvalidArgument(
+            "this layout does not tell what its hashes start from", hash_seed=layout.hash_seed
+        ) from None
+    hasher = VllmHasher(layout.hash_algo, none_hash=none_hash)
     adapter = LoraAdapter(lora, "") if lora else None
     fine = hasher.block_hashes(tokens, hashed, lora=adapter, cache_salt=cache_salt or None)
     return coarser(fine, layout.block_tokens // hashed)

@@ -28,7 +28,11 @@ BACKOFF_S: Final = (0.05, 2.0)
 """First and longest pause between attempts to reach an agent that is not there."""
 
 ABANDON_MS: Final = 5_000
-"""A job unanswered so long after its own deadline is given up, with the connection: the agent is stopped or stuck."""
+"""A match or store unanswered so long after its own deadline is given up, with the connection: the agent is stuck.
+
+Never a load: until the agent has answered, or is gone (which ends the connection), it may write into the engine's slots,
+and a slot that the engine has reused would be overwritten. An agent that is stopped (SIGSTOP) holds up the loads that it
+had begun until it is continued or killed; nothing else waits for it."""
 
 
 class AgentClient:
@@ -52,6 +56,7 @@ class AgentClient:
         self._connecting: threading.Thread | None = None
         self._jobs = Jobs()
         self._job_deadlines: dict[int, float] = {}
+        self._loads: set[int] = set()
         self._closed = False
 
     def open(self, layout: Layout, *, deadline_ms: int = CONNECT_MS) -> Cache:
@@ -149,13 +154,18 @@ class AgentClient:
 
         def on_answer(answer: object) -> None:
             self._job_deadlines.pop(job_id, None)
+            self._loads.discard(job_id)
             self._jobs.finish(job_id, kind, keys, answer)
 
-        self._job_deadlines[job_id] = time.monotonic() + (deadline_ms + ABANDON_MS) / 1000
+        if kind != "load":
+            self._job_deadlines[job_id] = time.monotonic() + (deadline_ms + ABANDON_MS) / 1000
+        if kind == "load":
+            self._loads.add(job_id)
         try:
             connection.submit(message, on_answer)  # type: ignore[arg-type]
         except BaseException:
             self._job_deadlines.pop(job_id, None)
+            self._loads.discard(job_id)
             self._jobs.forget(job_id)
             raise
         return job_id
@@ -207,7 +217,8 @@ class AgentClient:
     def _give_up_stuck(self, connection: Connection) -> None:
         now = time.monotonic()
         if any(now > deadline for deadline in list(self._job_deadlines.values())):
-            connection.close("a job was not answered long after its deadline")
+            if not self._loads:
+                connection.close("a job was not answered long after its deadline")
 
     def _collect_lost(self, connection: Connection) -> None:
         lost: list[OnAnswer] = connection.take_lost()

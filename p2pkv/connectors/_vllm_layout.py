@@ -24,6 +24,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload.base import OffloadingSpec
 
 from p2pkv.errors import ConfigError
+from p2pkv.index.hashing import VllmHasher
 from p2pkv.types import Layout
 
 FRAMES_MAX: Final = 16
@@ -108,7 +109,10 @@ def layouts_of(
     layouts = {}
     for group in config.groups:
         layout = Layout(
-            block_tokens=group.tokens_per_block * config.cache.blocks_per_chunk, group=group.group_id, **common
+            block_tokens=group.tokens_per_block * config.cache.blocks_per_chunk,
+            hash_block_tokens=group.tokens_per_block,
+            group=group.group_id,
+            **common,
         )
         if problems := layout.problems():
             raise ConfigError("this engine's KV cache cannot be shared: " + "; ".join(problems), group=group.group_id)
@@ -180,7 +184,9 @@ def weights_fingerprint(path: Path) -> str:
 
 
 def hash_identity(vllm_config: VllmConfig) -> tuple[str, str]:
-    """Algorithm of vLLM's block hashes, and a digest of their seed (a seed may be meant to stay secret).
+    """Algorithm of vLLM's block hashes, and the hash that their chains start from (NONE_HASH, in hexadecimal).
+
+    With it whoever knows the layout can tell a prompt's hashes, as routers must; the seed itself stays unknown.
 
     Raises:
         ConfigError: the hashes of this engine are like those of no other one.
@@ -194,7 +200,7 @@ def hash_identity(vllm_config: VllmConfig) -> tuple[str, str]:
                 hint="Set PYTHONHASHSEED to the same value for all replicas, or use sha256_cbor.",
             )
         seed = _known(getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None), "the default seed of block hashes")
-    return algorithm, hashlib.blake2b(str(seed).encode(), digest_size=8).hexdigest()
+    return algorithm, VllmHasher(algorithm, str(seed)).none_hash.hex()
 
 
 def _order(spec: OffloadingSpec) -> str:

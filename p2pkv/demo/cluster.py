@@ -1,4 +1,4 @@
-"""Agents and vLLM replicas on this machine, wired together: replica i talks to agent i, agents know agent 0 as their seed."""
+"""Agents and vLLM replicas on this machine: replica i talks to agent i, and agent 0 is the others' seed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,6 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="p2pkv-demo-"))
-        self._shm_before = set(SHM.glob("vllm_offload_*"))
         self._children: list[Child] = []
 
     def __enter__(self) -> Cluster:
@@ -76,7 +75,7 @@ class Cluster:
         for child in reversed(self._children):
             child.stop()
         self._children.clear()
-        for left in set(SHM.glob("vllm_offload_*")) - self._shm_before:
+        for left in SHM.glob(f"vllm_offload_{self.directory.name}-*"):  # vLLM leaves them behind
             left.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -114,7 +113,8 @@ class Cluster:
             "--max-num-seqs", "8", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
         ]  # fmt: skip
         if agent is not None:
-            command += ["--kv-transfer-config", json.dumps(kv_transfer_config(agent.socket))]
+            engine_id = f"{self.directory.name}-{port}"
+            command += ["--kv-transfer-config", json.dumps(kv_transfer_config(agent.socket, engine_id))]
         if cores:
             command = ["taskset", "-c", cores, *command]
         child = self._start(name, command, engine_environment(self.threads) | dict(self.engine_env))
@@ -139,9 +139,10 @@ class Cluster:
         return child
 
 
-def kv_transfer_config(socket: str) -> dict[str, object]:
-    """vLLM's ``--kv-transfer-config`` for a replica beside the agent at ``socket``."""
+def kv_transfer_config(socket: str, engine_id: str) -> dict[str, object]:
+    """vLLM's ``--kv-transfer-config`` for a replica beside the agent at ``socket``; ``engine_id`` names its /dev/shm file."""
     return {
+        "engine_id": engine_id,
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
@@ -150,7 +151,12 @@ def kv_transfer_config(socket: str) -> dict[str, object]:
             "cpu_bytes_to_use": 512 << 20,
             "block_size": CHUNK_TOKENS,
             "secondary_tiers": [
-                {"type": "P2PKVTier", "module_path": "p2pkv.connectors.vllm", "socket": socket, "lookup_deadline_ms": 500}
+                {
+                    "type": "P2PKVTier",
+                    "module_path": "p2pkv.connectors.vllm",
+                    "socket": socket,
+                    "lookup_deadline_ms": 500,
+                }
             ],
         },
     }
@@ -178,7 +184,9 @@ def find_vllm_python() -> Path:
     """
     named = os.environ.get("P2PKV_VLLM_PYTHON")
     checkout = Path(__file__).resolve().parents[2]
-    for candidate in [Path(named)] if named else [Path.cwd() / ".venv-vllm/bin/python", checkout / ".venv-vllm/bin/python"]:
+    for candidate in (
+        [Path(named)] if named else [Path.cwd() / ".venv-vllm/bin/python", checkout / ".venv-vllm/bin/python"]
+    ):
         if candidate.exists():
             return candidate
     raise ConfigError("vLLM's environment is not there", hint="Run `make vllm` first, or set P2PKV_VLLM_PYTHON.")
@@ -192,7 +200,9 @@ def make_model(python: Path, directory: Path) -> Path:
     """
     if not (directory / "model.safetensors").exists():
         script = Path(__file__).resolve().parents[2] / "examples" / "make_tiny_model.py"
-        made = subprocess.run([str(python), str(script), str(directory)], capture_output=True, text=True, timeout=MODEL_S)
+        made = subprocess.run(
+            [str(python), str(script), str(directory)], capture_output=True, text=True, timeout=MODEL_S
+        )
         if made.returncode:
             raise ProcessFailed(f"cannot make the model:\n{made.stderr[-2000:]}")
     return directory

@@ -1,4 +1,4 @@
-"""Questions to replicas and agents over HTTP: a completion with its time to first token, counters, what is visible where."""
+"""Questions to replicas and agents over HTTP: a completion and its time to first token, counters, what is visible."""
 
 from __future__ import annotations
 

@@ -37,8 +37,6 @@ class ControlConnection(asyncio.Protocol):
         counters: Counter[str],
     ) -> None:
         self.link: PeerLink | None = None
-        self.requests = 0
-        """Requests of the peer that are being answered."""
         self.closed = asyncio.Event()
         self._on_frame = on_frame
         self._on_malformed = on_malformed

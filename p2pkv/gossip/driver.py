@@ -12,7 +12,6 @@ asks for is done. Everything runs on one event loop's thread, callbacks included
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import random
 import socket
@@ -25,13 +24,14 @@ import msgspec
 
 from p2pkv.config import Peer as PeerSettings
 from p2pkv.config import parse_address, parse_size
-from p2pkv.errors import LocalProtocolError, P2PKVError, PeerUnavailable, RemoteProtocolError
+from p2pkv.errors import LocalProtocolError, PeerUnavailable, RemoteProtocolError
 from p2pkv.gossip import net
 from p2pkv.gossip.connection import ControlConnection
 from p2pkv.gossip.discovery import Discovery, from_settings
 from p2pkv.gossip.effects import Changed, Close, Deliver, Dial, Effect, Established, HandOver, Say, Send
-from p2pkv.gossip.link import PeerLink, peer_error
+from p2pkv.gossip.link import PeerLink
 from p2pkv.gossip.protocol import PeerProtocol
+from p2pkv.gossip.requests import Handler, Requests
 from p2pkv.gossip.views import PeerView
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import Index
@@ -41,15 +41,10 @@ from p2pkv.wire.peer import CODEC, Address, Card, Hello, PeerError, Welcome
 
 HELLO_BYTES_MAX: Final = 1 << 20
 """Room for a card with every layout an agent may have; what one stranger can make us buffer."""
-REQUESTS_MAX: Final = 64
-"""Requests of one reader that are being answered at the same time; more are answered "busy"."""
 ACCEPT_PAUSE_S: Final = 0.1
 """After a failed accept (out of descriptors): trying again at once would spin."""
 
 log = logging.getLogger("p2pkv.gossip")
-
-Answer = msgspec.Struct | None
-Handler = Callable[[PeerLink, msgspec.Struct], Awaitable[Answer] | Answer]
 
 
 class PeerNetwork:
@@ -100,7 +95,7 @@ class PeerNetwork:
         self._lobby_out: dict[int, bytearray] = {}
         self._dials: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._handlers: dict[type[msgspec.Struct], Handler] = {}
+        self._requests = Requests(self._spawn, self.counters)
         self._timer: asyncio.TimerHandle | None = None
         self._effects: list[Effect] = []
         self._acting = False
@@ -235,7 +230,7 @@ class PeerNetwork:
         ``handler(link, message)`` gives the answer, or a coroutine of it, or None for no answer. A P2PKVError that it
         raises is the reader's answer too. ``link`` lives as long as the reader's connection.
         """
-        self._handlers[message_type] = handler
+        self._requests.handlers[message_type] = handler
 
     async def open_data(self, node_id: int, deadline_s: float) -> socket.socket:
         """A data connection to a node: introduced, non-blocking, TCP_NODELAY; the caller owns the socket.
@@ -470,59 +465,19 @@ class PeerNetwork:
     def _make_link(self, connection: ControlConnection, effect: Established) -> PeerLink:
         return PeerLink(card=effect.card, dialed=effect.dialed, send=connection.send)
 
-    # --- requests
-
     def _deliver(self, effect: Deliver) -> None:
         connection = self._connections.get(effect.conn)
         link = connection.link if connection is not None else None
         if connection is None or link is None:
             return
-        if link.dialed:
-            try:
-                link.on_answer(effect.frame, effect.message)
-            except RemoteProtocolError as error:
-                assert self._core is not None
-                self._effects += self._core.on_malformed(self._clock(), effect.conn, error)
+        if not link.dialed:
+            self._requests.take(link, effect.frame.request_id, effect.message)
             return
-        request_id = effect.frame.request_id
-        handler = self._handlers.get(type(effect.message))
-        if handler is None:
-            self._answer(connection, request_id, PeerError("unsupported", "no handler for this request"))
-        elif connection.requests >= REQUESTS_MAX:
-            self.counters["requests_refused"] += 1
-            self._answer(connection, request_id, PeerError("busy", "too many requests at the same time"))
-        else:
-            try:
-                answer = handler(link, effect.message)
-            except Exception as error:
-                self._answer(connection, request_id, self._failed(error))
-                return
-            if inspect.isawaitable(answer):
-                connection.requests += 1
-                self._spawn(self._answer_later(connection, request_id, answer), "p2pkv-peer-request")
-            else:
-                self._answer(connection, request_id, answer)
-
-    async def _answer_later(
-        self, connection: ControlConnection, request_id: int, answer: Awaitable[Answer]
-    ) -> None:
         try:
-            reply = await answer
-        except Exception as error:
-            reply = self._failed(error)
-        finally:
-            connection.requests -= 1
-        self._answer(connection, request_id, reply)
-
-    def _answer(self, connection: ControlConnection, request_id: int, answer: Answer) -> None:
-        if answer is not None and request_id:
-            connection.send(CODEC.encode(answer, request_id))
-
-    def _failed(self, error: Exception) -> PeerError:
-        if isinstance(error, P2PKVError):
-            return peer_error(error)
-        log.error("a peer's request failed", exc_info=error)
-        return PeerError("internal", "the request failed at the owner")
+            link.on_answer(effect.frame, effect.message)
+        except RemoteProtocolError as error:
+            assert self._core is not None
+            self._effects += self._core.on_malformed(self._clock(), effect.conn, error)
 
     # --- time
 

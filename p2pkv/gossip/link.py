@@ -58,6 +58,8 @@ class PeerLink:
     def __init__(self, *, card: Card, dialed: bool, send: Callable[[bytes], bool]) -> None:
         self.card = card
         self.dialed = dialed
+        self.answering = 0
+        """Requests of the peer that are being answered here."""
         self._send = send
         self._next_id = 0
         self._waiting: dict[int, tuple[asyncio.Future[msgspec.Struct], type[msgspec.Struct]]] = {}
@@ -126,6 +128,10 @@ class PeerLink:
         """
         if not self._send(CODEC.encode(message)):
             raise self._gone()
+
+    def reply(self, request_id: int, answer: msgspec.Struct) -> None:
+        """Answer a request of the peer; dropped when the connection is gone, as nobody waits for it any more."""
+        self._send(CODEC.encode(answer, request_id))
 
     def on_answer(self, frame: Frame, message: msgspec.Struct) -> None:
         """An answer has come (from the driver).

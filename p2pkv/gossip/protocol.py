@@ -94,7 +94,11 @@ class PeerProtocol:
         settings: timings and bounds.
         card: how this node introduces itself, with the address as bound and an ``instance`` drawn for this run.
         log: this node's own ownership log; read here, written by the store.
-        index: gets other nodes' entries; slot 0 (:data:`~p2pkv.gossip.membership.OWN_SLOT`) is the local node's own.
+        index: gets other nodes' entries, under slots 1..``members_max``; slot 0
+            (:data:`~p2pkv.gossip.membership.OWN_SLOT`) is the local node's own.
+
+    Raises:
+        InvalidArgument: the index has fewer slots than that.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class PeerProtocol:
         rng: random.Random,
         now: float,
     ) -> None:
+        index.count(settings.members_max)  # an index with too few slots fails here, not when the cell is large
         self.counters: Counter[str] = Counter()
         self.table = MemberTable(card, settings.members_max)
         self.conns: dict[int, Conn] = {}

@@ -177,13 +177,14 @@ class VllmHasher:
     Args:
         algorithm: vLLM's ``--prefix-caching-hash-algo``: one of ``VLLM_ALGORITHMS``.
         seed: the engines' PYTHONHASHSEED; ``None`` when it is unset there.
+        none_hash: what the chains start from, instead of the seed's hash: what a layout's ``hash_seed`` tells.
 
     Raises:
         InvalidArgument: unknown algorithm; or no seed with a recipe for which vLLM then draws a random one.
     """
 
-    def __init__(self, algorithm: str = "sha256", seed: str | None = None) -> None:
-        if seed is None and algorithm.startswith("xxhash"):
+    def __init__(self, algorithm: str = "sha256", seed: str | None = None, *, none_hash: bytes | None = None) -> None:
+        if seed is None and none_hash is None and algorithm.startswith("xxhash"):
             raise InvalidArgument(
                 "this hash algorithm has no default seed", algorithm=algorithm,
                 hint="vLLM draws one per process then: set PYTHONHASHSEED to one value on every engine, and here.",
@@ -191,7 +192,7 @@ class VllmHasher:
         self.algorithm = algorithm
         self.seed = VLLM_DEFAULT_SEED if seed is None else seed
         self._hash = _recipe(algorithm)
-        self.none_hash = self._hash(self.seed)
+        self.none_hash = self._hash(self.seed) if none_hash is None else none_hash
 
     def block_hashes(
         self,

@@ -9,7 +9,8 @@ A *pull* moves blocks that a peer holds into slots of the local arena. Contract 
 4. Slots of a pull that ended badly may still be written to if, and only if, the result names them in ``unsafe``; the
    caller parks these until ``cleared(token)`` is called.
 5. The owner's blocks stay under a lease while they are read, and the lease is given back afterwards (or expires).
-6. All methods run on the event loop's thread and never block it for longer than a system call.
+6. A pull is never cancelled; it ends by its deadline, or when the transport is stopped.
+7. All methods run on the event loop's thread and never block it for longer than a system call.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ class NixlTransport:
         if link is None:
             raise PeerUnavailable("no connection to the peer")
         for attempt in range(2):
-            owner = self._owners.get(request.node) or await self._connect(request.node, link, deadline - loop.time())
+            owner = self._owner(request.node) or await self._connect(request.node, link, deadline - loop.time())
             pin = Pin(request.namespace, list(request.hashes), int(self._lease_ttl_s * 1000), not owner.inline)
             pinned = await link.request(pin, max(0.001, deadline - loop.time()))
             assert isinstance(pinned, Pinned)  # the link pairs requests with the type of their answers
@@ -224,6 +224,17 @@ class NixlTransport:
             if attempt:
                 break
         raise PeerUnavailable("the peer's NIXL process keeps changing")
+
+    def _owner(self, node: int) -> _Owner | None:
+        """The owner's NIXL process if ours is still connected to it; asked each time, because connections break."""
+        owner = self._owners.get(node)
+        if owner is None:
+            return None
+        connection = self.process.connected(owner.name)
+        if connection is None:
+            del self._owners[node]
+            return None
+        return owner._replace(inline=connection.inline)
 
     async def _connect(self, node: int, link: Link, left_s: float) -> _Owner:
         """Connect the two NIXL processes; callers share one attempt."""

@@ -15,8 +15,9 @@ import pytest
 
 from p2pkv.config import Peer
 from p2pkv.errors import Busy, ConfigError, DeadlineExceeded, LayoutMismatch, PeerUnavailable, RemoteProtocolError
-from p2pkv.gossip.driver import REQUESTS_MAX, PeerNetwork
+from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.gossip.membership import State
+from p2pkv.gossip.requests import REQUESTS_MAX
 from p2pkv.index.hashing import pack_keys, unpack_keys
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import PrefixIndex
@@ -30,7 +31,8 @@ class Node:
     """A network with what it is built from, and a way to wait for something to become true of it."""
 
     def __init__(self, card: Any, **settings: Any) -> None:
-        self.settings = Peer(**{"port": 0, "heartbeat_ms": 100, "silence_ms": 600, "flush_ms": 10, **settings})
+        fast = {"port": 0, "members_max": 63, "heartbeat_ms": 100, "silence_ms": 600, "flush_ms": 10}
+        self.settings = Peer(**{**fast, **settings})
         self.log = OwnershipLog(card.epoch, hold_ms=0)
         self.index = PrefixIndex(max_nodes=64, max_entries=1 << 20)
         self.net = PeerNetwork(

@@ -28,7 +28,7 @@ FUZZ_SEED = 20_260_101
 @pytest.fixture
 async def network() -> AsyncIterator[PeerNetwork]:
     one = PeerNetwork(
-        settings=Peer(port=0, handshake_ms=400, heartbeat_ms=50, silence_ms=500, flush_ms=10),
+        settings=Peer(port=0, members_max=7, handshake_ms=400, heartbeat_ms=50, silence_ms=500, flush_ms=10),
         cell="test",
         card=Card(1, 1, Address("", 0), "", "", [], []),
         log=OwnershipLog(1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from p2pkv.config import Peer
-from p2pkv.errors import RemoteProtocolError
+from p2pkv.errors import InvalidArgument, RemoteProtocolError
 from p2pkv.gossip.effects import Deliver, Dial, Established, HandOver, Send
 from p2pkv.gossip.membership import State
-from p2pkv.gossip.protocol import UNINTRODUCED_MAX
+from p2pkv.gossip.protocol import UNINTRODUCED_MAX, PeerProtocol
 from p2pkv.index.hashing import pack_keys
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.types import Tier
@@ -487,6 +488,15 @@ def test_two_names_of_one_owner_make_one_connection(bench: Any, card: Any) -> No
     assert bench.closed(second) and not bench.closed(first)
     assert not any(isinstance(e, Established) for e in bench.effects)
     assert not any(isinstance(e, Dial) for e in bench.tick(2.0))
+
+
+def test_an_index_with_too_few_slots_is_refused_at_the_start(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench()
+    with pytest.raises(InvalidArgument):
+        PeerProtocol(
+            settings=Peer(members_max=8), cell="c", card=bench.core.card, log=bench.log, index=bench.index,
+            rng=random.Random(1), now=0.0,
+        )  # fmt: skip
 
 
 # --- layouts and cards

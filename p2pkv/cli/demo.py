@@ -1,0 +1,48 @@
+"""``p2pkv demo``: one prefix, two vLLM replicas."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+
+def demo(
+    replicas: Annotated[int, typer.Option(min=2, max=8, help="vLLM replicas, each with an agent.")] = 2,
+    prompts: Annotated[int, typer.Option(min=1, max=64, help="Prompts, each with a prefix of its own.")] = 3,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prefix.")] = 4096,
+    transport: Annotated[str, typer.Option(help="auto, tcp or nixl.")] = "auto",
+    model: Annotated[Path, typer.Option(help="Where the small model is kept between runs.")] = Path(
+        ".cache/demo-model"
+    ),
+    keep: Annotated[bool, typer.Option(help="Leave the cluster up afterwards, until Ctrl-C.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+) -> None:
+    """Send the same prompts cold to A, pulled to B, and recomputed on B without p2pkv; compare time and tokens."""
+    from p2pkv.demo.report import table
+    from p2pkv.demo.run import run_demo, wait_for_interrupt
+
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+    outcome = run_demo(
+        replicas=replicas,
+        prompts=prompts,
+        prompt_tokens=prompt_tokens,
+        transport=transport,
+        model_dir=model,
+        progress=say,
+        keep=(lambda cluster: wait_for_interrupt(cluster, say)) if keep else None,
+    )
+    if json_:
+        print(msgspec.json.encode({**msgspec.to_builtins(outcome), "ok": outcome.ok}).decode())
+    else:
+        print(table(outcome))
+    if not outcome.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,105 @@
+"""Sockets that say whatever a test wants them to, to an agent's Unix socket and to its peer port."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import msgspec
+
+from p2pkv.types import Layout
+from p2pkv.wire import engine, peer
+from p2pkv.wire.frame import HEADER, PROTOCOL_MAX, PROTOCOL_MIN, Codec, Frame, FrameDecoder
+from tests.cluster.agents import AgentProcess
+
+CLOSE_S = 5.0
+"""Longest that an agent may take to close a connection that broke the rules; a handshake has 2 s."""
+
+
+class RawConnection:
+    """A blocking stream socket that frames what it is asked to. A context manager."""
+
+    def __init__(self, sock: socket.socket, codec: Codec) -> None:
+        self.sock = sock
+        self._codec = codec
+        self._decoder = FrameDecoder()
+        self._frames: list[Frame] = []
+        self._next_id = 0
+        sock.settimeout(CLOSE_S)
+
+    def __enter__(self) -> RawConnection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def ask(self, message: msgspec.Struct, fds: tuple[int, ...] = ()) -> msgspec.Struct:
+        """Send a request and return its answer."""
+        self._next_id += 1
+        data = self._codec.encode(message, self._next_id)
+        if fds:
+            socket.send_fds(self.sock, [data], fds)
+        else:
+            self.sock.sendall(data)
+        while True:
+            answer = self.receive()
+            assert answer is not None, "closed instead of an answer"
+            if answer.request_id == self._next_id:
+                return self._codec.decode(answer)
+
+    def receive(self) -> Frame | None:
+        """The next frame; None when the connection has ended."""
+        while not self._frames:
+            try:
+                data = self.sock.recv(65_536)
+            except ConnectionResetError:
+                return None
+            if not data:
+                return None
+            self._frames += list(self._decoder.feed(data))
+        return self._frames.pop(0)
+
+    def closed_by_the_agent(self) -> list[msgspec.Struct]:
+        """Wait until the agent has closed the connection; the messages that came before."""
+        last_words = []
+        deadline = time.monotonic() + CLOSE_S
+        while (frame := self.receive()) is not None:
+            last_words.append(self._codec.decode(frame))
+            assert time.monotonic() < deadline, "the agent goes on talking"
+        return last_words
+
+
+def engine_connection(agent: AgentProcess, *, attach: bool = True, layout: Layout | None = None) -> RawConnection:
+    """A connection to the Unix socket: attached unless told otherwise, with ``layout`` open."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(agent.socket)
+    connection = RawConnection(sock, engine.CODEC)
+    if attach or layout:
+        ready = connection.ask(engine.Attach(PROTOCOL_MIN, PROTOCOL_MAX, "raw", os.getpid()))
+        assert isinstance(ready, engine.Ready)
+    if layout:
+        assert isinstance(connection.ask(engine.Open(layout)), engine.Opened)
+    return connection
+
+
+def peer_connection(agent: AgentProcess, role: str = "", *, node: int = 0) -> RawConnection:
+    """A connection to the peer port, introduced as ``role`` ("control" or "data") where one is named."""
+    sock = socket.create_connection(("127.0.0.1", agent.peer_port), timeout=CLOSE_S)
+    connection = RawConnection(sock, peer.CODEC)
+    if role:
+        node = node or int.from_bytes(os.urandom(7), "little") | 1
+        # Port 9 (discard): whoever dials back finds nobody, as with a peer that died at once.
+        card = peer.Card(node, 1, peer.Address("127.0.0.1", 9), "", "elsewhere", [], ["tcp"], node)
+        connection.send(peer.CODEC.encode(peer.Hello(PROTOCOL_MIN, PROTOCOL_MAX, "default", role, card)))
+        welcome = connection.receive()
+        assert welcome is not None and isinstance(peer.CODEC.decode(welcome), peer.Welcome)
+    return connection
+
+
+def header(length: int, message_type: int, *, version: int = 1, flags: int = 0, request_id: int = 1) -> bytes:
+    """A frame's header, as wrong as asked for."""
+    return HEADER.pack(length, version, message_type, flags, request_id)
