@@ -1,4 +1,4 @@
-"""Stub of the C++ extension (sources in ``p2pkv/native``). Addresses and lengths are in bytes; digests are 16 bytes each."""
+"""Stub of the C++ extension (sources in ``p2pkv/native``). Lengths are in bytes; digests are 16 bytes each."""
 
 from collections.abc import Sequence
 
@@ -38,9 +38,7 @@ class Workers:
     fd: int
     queued: int
     def __init__(self, threads: int) -> None: ...
-    def submit(
-        self, job: int, work: int, items: Sequence[tuple[int, int, int]], deadline_s: float = -1.0
-    ) -> None:
+    def submit(self, job: int, work: int, items: Sequence[tuple[int, int, int]], deadline_s: float = -1.0) -> None:
         """Queue (dst, src, length) items; see :func:`run_now`. Memory stays in use until the job is drained."""
 
     def drain(self) -> list[tuple[int, bytes, bytes]]:
@@ -67,7 +65,7 @@ class IoEngine:
         stall_s: float,
         partial_bytes: int,
     ) -> bool:
-        """Send ``request`` and receive GOT into (address, length) blocks. False: the table is full, nothing was started."""
+        """Send ``request`` and receive GOT into (address, length) blocks. False: the table is full."""
 
     def send(
         self,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
@@ -28,7 +27,7 @@ _UNITS: Final = {"": 1, "b": 1} | {
 
 
 def default_socket_path() -> str:
-    """Where an agent listens for engines unless told otherwise: ``P2PKV_SOCKET``, else a per-user run-time directory."""
+    """Where an agent listens for engines by default: ``P2PKV_SOCKET``, else a per-user run-time directory."""
     if path := os.environ.get("P2PKV_SOCKET"):
         return path
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
@@ -42,10 +41,10 @@ def default_socket_path() -> str:
 def default_state_dir() -> str:
     """Where an agent keeps its identity (node id and epoch) unless told otherwise."""
     if state := os.environ.get("XDG_STATE_HOME"):
-        return str(Path(state) / "p2pkv")
+        return f"{state}/p2pkv"
     if os.geteuid() == 0:
         return "/var/lib/p2pkv"
-    return str(Path.home() / ".local" / "state" / "p2pkv")
+    return os.path.expanduser("~/.local/state/p2pkv")
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,7 +80,7 @@ class Store(Section, frozen=True):
 class Peer(Section, frozen=True):
     """The TCP port for other agents, and how they are found."""
 
-    host: str = "127.0.0.1"  # bind address. Not loopback: peers are not authenticated yet, so it must be asked for with insecure
+    host: str = "127.0.0.1"  # bind address. Anything but loopback needs insecure: peers are not authenticated yet
     port: int = 7841  # 0 = any free port
     advertise: str = ""  # host[:port] that peers should dial; empty = host:port as bound
     cell: str = "default"  # only agents of one cell talk to each other
@@ -218,7 +217,7 @@ def load(
     tree: dict[str, Any] = {}
     source = path or env.get("P2PKV_CONFIG")
     if source:
-        tree = _read_yaml(Path(source))
+        tree = _read_yaml(source)
         _check_keys(tree, str(source))
     for name in sorted(env):
         if name.startswith(ENV_PREFIX) and name not in ENV_RESERVED:
@@ -235,11 +234,12 @@ def load(
     return config
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            loaded = yaml.safe_load(file)
     except OSError as error:
         raise ConfigError("cannot read the configuration file", path=path, reason=error.strerror) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

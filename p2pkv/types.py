@@ -6,7 +6,6 @@ Values only: frozen, hashable, comparable; no I/O, no clocks, no other module of
 from __future__ import annotations
 
 import enum
-import hashlib
 from typing import Final
 
 import msgspec
@@ -75,6 +74,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def namespace(self) -> int:
         """64-bit fingerprint of every field: what block hashes are qualified with, everywhere."""
+        import hashlib  # 3 ms that an engine need not pay for importing the client
+
         digest = hashlib.blake2b(msgspec.msgpack.encode(msgspec.structs.astuple(self)), digest_size=8)
         return int.from_bytes(digest.digest(), "little")
 
@@ -84,7 +85,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return tuple(getattr(self, name) for name in LAYOUT_IDENTITY)
 
     def conflicts(self, other: Layout) -> tuple[str, ...]:
-        """Names of the layout fields that differ although both describe the same cache; empty when there is no conflict."""
+        """Names of the fields that differ although both describe the same cache; empty when there is no conflict."""
         if self.identity != other.identity:
             return ()
         return tuple(

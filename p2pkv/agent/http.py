@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import uvicorn
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
@@ -249,8 +249,11 @@ class _BodyLimit:
             await response(scope, receive, send)
 
 
-class _TooLarge(Exception):
-    """The body is over the limit."""
+class _TooLarge(HTTPException):
+    """The body is over the limit. An HTTPException, because FastAPI turns any other into 400 while it reads a body."""
+
+    def __init__(self) -> None:
+        super().__init__(413, "the body is too large")
 
 
 class HttpServer:
@@ -300,6 +303,7 @@ class HttpServer:
                 reason=error.strerror,
                 hint="Set http.port to a free port (0 = any), or http.enabled to false.",
             ) from error
+        self._socket.listen(128)  # from now on nobody is refused: uvicorn does it some milliseconds from now
         self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
 
     async def stop(self) -> None:

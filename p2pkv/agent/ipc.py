@@ -211,8 +211,10 @@ class EngineConnection:
         return not self._closed and not self._hangup.poll(0)
 
     def close(self) -> None:
-        """Disconnect. Jobs under way are cancelled and publish nothing that they finish from now on; the socket is closed
-        last, so that the engine, when it sees that, knows that nothing writes into its memory any more."""
+        """Disconnect. Jobs under way are cancelled and publish nothing that they finish from now on.
+
+        The socket is closed last: an engine that sees it closed knows that nothing writes into its memory any more.
+        """
         if self._closed:
             return
         self._closed = True
@@ -265,7 +267,8 @@ class EngineConnection:
             self._send_error(0, "protocol", str(error))
             self.close()
             return
-        while len(self._fds) > 1:  # descriptors that no MAP_REGION asked for
+        # Descriptors that no MAP_REGION asked for. One that came with the beginning of a frame may still be asked for.
+        while len(self._fds) > (1 if self._decoder.pending_bytes else 0):
             os.close(self._fds.popleft())
 
     def _on_frame(self, frame: Frame) -> None:
@@ -279,16 +282,29 @@ class EngineConnection:
         if handler is None:
             raise RemoteProtocolError("not a request", got=type(message).__name__)
         try:
-            if self._server.draining and not isinstance(message, ReleaseLease | UnmapRegion):
-                raise Busy("the agent is shutting down")
-            if len(self._tasks) >= self._server.in_flight_max:
-                raise Busy("too many requests in flight", limit=self._server.in_flight_max)
+            self._admit(message)
             handler(message, frame.request_id)
         except P2PKVError as error:
             self._refuse(frame.request_id, error)
         except Exception as error:  # a bug here: this engine loses its connection, everybody else goes on
             log.exception("a request of engine %s failed: %r", self.name, error)
             self.close()
+
+    def _admit(self, message: msgspec.Struct) -> None:
+        """Whether this request is worked on at all.
+
+        Raises:
+            Busy: it is not. A descriptor that came with it is closed: it must not be taken for the next region's.
+        """
+        refusal: Busy | None = None
+        if self._server.draining and not isinstance(message, ReleaseLease | UnmapRegion):
+            refusal = Busy("the agent is shutting down")
+        elif len(self._tasks) >= self._server.in_flight_max and not isinstance(message, ReleaseLease):
+            refusal = Busy("too many requests in flight", limit=self._server.in_flight_max)
+        if refusal is not None:
+            if isinstance(message, MapRegion) and self._fds:
+                os.close(self._fds.popleft())
+            raise refusal
 
     def _on_attach(self, message: Attach, request_id: int) -> None:
         if not message.protocol_min <= PROTOCOL_MAX or not message.protocol_max >= PROTOCOL_MIN:

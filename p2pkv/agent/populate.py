@@ -24,7 +24,7 @@ STEP_BYTES: Final = 32 << 20
 
 
 class Populator:
-    """Keeps the arena populated where it is used and a little beyond. Lives on the event loop; the thread is its own."""
+    """Keeps the arena populated where it is used and a little beyond. Lives on the event loop."""
 
     def __init__(self, arena: Arena, ahead_bytes: int = AHEAD_BYTES) -> None:
         self._arena = arena

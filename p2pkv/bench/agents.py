@@ -131,7 +131,16 @@ class Fleet:
         """
         seeds = [agent.address for agent in self._agents if agent.process.poll() is None]
         merged = {"state_dir": ":memory:", "http.enabled": "true" if http else "false"} | dict(settings)
-        arguments = ["--capacity", str(capacity_bytes), "--peer-port", "0", "--http-port", "0", "--transport", transport]
+        arguments = [
+            "--capacity",
+            str(capacity_bytes),
+            "--peer-port",
+            "0",
+            "--http-port",
+            "0",
+            "--transport",
+            transport,
+        ]
         for seed in seeds:
             arguments += ["--seed", seed]
         for key, value in merged.items():

@@ -168,9 +168,7 @@ class Scene:
             self._local_gets(None)  # warm
             before = self._local_gets(None)
             during = self._local_gets(kill)
-            wait_until(
-                "the dead node's entries to be hidden", lambda: self._cache.match([keys[3]]).present == [None]
-            )
+            wait_until("the dead node's entries to be hidden", lambda: self._cache.match([keys[3]]).present == [None])
             hidden_after = time.perf_counter() - killed_at
             after = self._local_gets(None)
             next_miss, _ = self._ask(keys[2])

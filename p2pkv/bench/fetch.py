@@ -191,9 +191,7 @@ class Samples:
 Turn = tuple[Case, str, Callable[[], float | None]]
 
 
-def interleave(
-    turns: Sequence[Turn], rounds: int, what: str, progress: Progress
-) -> dict[tuple[str, str], Samples]:
+def interleave(turns: Sequence[Turn], rounds: int, what: str, progress: Progress) -> dict[tuple[str, str], Samples]:
     """Call everything in turns; a call returns its seconds, or None where it failed.
 
     Raises:

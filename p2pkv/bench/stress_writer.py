@@ -17,7 +17,7 @@ from typing import Final
 
 from p2pkv.bench.agents import layout_of
 from p2pkv.bench.child import answer, requests
-from p2pkv.client import AgentClient
+from p2pkv.client import AgentClient, Cache
 from p2pkv.errors import P2PKVError
 
 BLOCK_BYTES: Final = 64 << 10
@@ -55,37 +55,71 @@ class Counter:
         COUNTER.pack_into(self._memory, 0, number)
 
 
-def write(socket: str, counter: Counter, per_second: float, stopping: threading.Event) -> None:
-    """Put batches, at most ``per_second`` blocks a second, until told to stop."""
-    with AgentClient(socket, name="p2pkv bench writer") as client:
-        cache = client.open(layout_of(BLOCK_BYTES, "stress"))
-        written = 0
-        due = time.monotonic()
-        while not stopping.is_set():
-            keys = [key_of(number) for number in range(written, written + BATCH)]
-            try:
-                stored = cache.put(keys, [block_of(key) for key in keys])
-            except P2PKVError as error:
-                print(f"stress writer: {error}", file=sys.stderr, flush=True)
-                stopping.wait(0.1)
-                continue
-            if all(stored):  # else: everything that could go is under lease; the same blocks again
-                written += BATCH
-                counter.value = written
-            due = max(due + BATCH / per_second, time.monotonic() - 0.1)
-            stopping.wait(max(0.0, due - time.monotonic()))
+class Writer(threading.Thread):
+    """Puts batches, at most ``per_second`` blocks a second, or as fast as it can while a burst is asked for."""
+
+    def __init__(self, socket: str, counter: Counter, per_second: float) -> None:
+        super().__init__(name="writer")
+        self._socket = socket
+        self._counter = counter
+        self._per_second = per_second
+        self._changed = threading.Condition()
+        self._written = 0
+        self._burst_until = 0
+        self._stopping = False
+
+    def burst(self, blocks: int) -> None:
+        """Write so many more at once; returns when they are written, or the writer has been stopped."""
+        with self._changed:
+            self._burst_until = self._written + blocks
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stopping or self._written >= self._burst_until)
+
+    def stop(self) -> None:
+        """End after the batch under way."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        """Write until stopped."""
+        with AgentClient(self._socket, name="p2pkv bench writer") as client:
+            cache = client.open(layout_of(BLOCK_BYTES, "stress"))
+            while not self._stopping:
+                began = time.monotonic()
+                stored = self._put(cache)
+                with self._changed:
+                    if stored:
+                        self._written += BATCH
+                        self._counter.value = self._written
+                        self._changed.notify_all()
+                    left = began + BATCH / self._per_second - time.monotonic()
+                    self._changed.wait_for(self._hurried, timeout=max(0.0, left))
+
+    def _hurried(self) -> bool:
+        return self._stopping or self._written < self._burst_until
+
+    def _put(self, cache: Cache) -> bool:
+        """The next batch. False: what could make room is under lease; the same blocks again."""
+        keys = [key_of(number) for number in range(self._written, self._written + BATCH)]
+        try:
+            return all(cache.put(keys, [block_of(key) for key in keys]))
+        except P2PKVError as error:
+            print(f"stress writer: {error}", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+            return False
 
 
 def main() -> None:
-    """``<socket> <counter file> <blocks per second>``; ends with its input."""
+    """``<socket> <counter file> <blocks per second>``; a line is the length of a burst, answered when it is written."""
     socket, path, per_second = sys.argv[1:]
-    stopping = threading.Event()
-    writer = threading.Thread(target=write, args=(socket, Counter(Path(path)), float(per_second), stopping))
+    writer = Writer(socket, Counter(Path(path)), float(per_second))
     writer.start()
     answer("writing")
-    for _ in requests():
-        pass
-    stopping.set()
+    for line in requests():
+        writer.burst(int(line))
+        answer("written")
+    writer.stop()
     writer.join()
 
 

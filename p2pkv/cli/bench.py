@@ -57,7 +57,9 @@ def failover(quick: Quick = False, json: Json = False, check: Check = False) -> 
 
 @app.command()
 def stress(
-    reads: Annotated[int | None, typer.Option(min=1, help="Blocks to read; default: a million, quick: 100,000.")] = None,
+    reads: Annotated[
+        int | None, typer.Option(min=1, help="Blocks to read; default: a million, quick: 100,000.")
+    ] = None,
     transport: Annotated[str, typer.Option(help="tcp or nixl.")] = "tcp",
     quick: Quick = False,
     json: Json = False,

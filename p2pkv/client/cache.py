@@ -32,7 +32,7 @@ from p2pkv.wire.engine import (
     Store,
     UnmapRegion,
 )
-from p2pkv.wire.peer import KEYS_MAX
+from p2pkv.wire.fields import KEYS_MAX
 
 if TYPE_CHECKING:
     from p2pkv.client.client import AgentClient

@@ -19,7 +19,7 @@ from p2pkv.client.cache import Cache, Region
 from p2pkv.client.connection import Connection, OnAnswer
 from p2pkv.client.jobs import JobKind, JobResult, Jobs
 from p2pkv.config import default_socket_path
-from p2pkv.errors import AgentUnavailable, Busy, DeadlineExceeded, InvalidArgument, P2PKVError
+from p2pkv.errors import AgentUnavailable, InvalidArgument, P2PKVError
 from p2pkv.types import Layout
 from p2pkv.wire.engine import Open, Opened
 
@@ -30,9 +30,9 @@ BACKOFF_S: Final = (0.05, 2.0)
 ABANDON_MS: Final = 5_000
 """A match or store unanswered so long after its own deadline is given up, with the connection: the agent is stuck.
 
-Never a load: until the agent has answered, or is gone (which ends the connection), it may write into the engine's slots,
-and a slot that the engine has reused would be overwritten. An agent that is stopped (SIGSTOP) holds up the loads that it
-had begun until it is continued or killed; nothing else waits for it."""
+Never a load: until the agent has answered, or is gone (which ends the connection), it may write into the engine's
+slots, and a slot that the engine has reused would be overwritten. An agent that is stopped (SIGSTOP) holds up the loads
+that it had begun until it is continued or killed; nothing else waits for it."""
 
 
 class AgentClient:
@@ -200,13 +200,19 @@ class AgentClient:
         now = time.monotonic()
         if now < self._retry_at:
             raise AgentUnavailable("the agent was not there a moment ago", socket=self._path)
+        connection: Connection | None = None
         try:
             connection = Connection(self._path, name=self._name, deadline=deadline)
             for cache in self._caches.values():
                 connection.request(Open(cache.layout), deadline=deadline)
             for region in self._regions.values():
-                region.announce(connection, deadline)
-        except (AgentUnavailable, DeadlineExceeded, Busy):
+                try:
+                    region.announce(connection, deadline)
+                except InvalidArgument:
+                    pass  # the engine has cut its file off: the agent refuses the jobs that name it, and only these
+        except P2PKVError:
+            if connection is not None:
+                connection.close("the agent did not take up what is in use here")
             self._retry_at = time.monotonic() + self._backoff_s
             self._backoff_s = min(self._backoff_s * 2, BACKOFF_S[1])
             raise
@@ -216,9 +222,8 @@ class AgentClient:
 
     def _give_up_stuck(self, connection: Connection) -> None:
         now = time.monotonic()
-        if any(now > deadline for deadline in list(self._job_deadlines.values())):
-            if not self._loads:
-                connection.close("a job was not answered long after its deadline")
+        if not self._loads and any(now > deadline for deadline in list(self._job_deadlines.values())):
+            connection.close("a job was not answered long after its deadline")
 
     def _collect_lost(self, connection: Connection) -> None:
         lost: list[OnAnswer] = connection.take_lost()

@@ -140,7 +140,7 @@ class Cluster:
 
 
 def kv_transfer_config(socket: str, engine_id: str) -> dict[str, object]:
-    """vLLM's ``--kv-transfer-config`` for a replica beside the agent at ``socket``; ``engine_id`` names its /dev/shm file."""
+    """vLLM's ``--kv-transfer-config`` for a replica beside the agent at ``socket``; ``engine_id``: of its /dev/shm file."""
     return {
         "engine_id": engine_id,
         "kv_connector": "OffloadingConnector",

@@ -62,7 +62,9 @@ def run_demo(
             runs.append(_measure(number, "cold", "A", engines[0], cluster.agents[0], text))
             for i in range(1, replicas):
                 name = chr(ord("A") + i)
-                wait_visible(cluster.agents[i].http, model.resolve().name, text, prompt_tokens // CHUNK_TOKENS * CHUNK_TOKENS)
+                wait_visible(
+                    cluster.agents[i].http, model.resolve().name, text, prompt_tokens // CHUNK_TOKENS * CHUNK_TOKENS
+                )
                 progress(f"prompt {number}: pulled to {name}")
                 runs.append(_measure(number, "pulled", name, engines[i], cluster.agents[i], text))
         used = ask_agent(cluster.agents[1].http, "/v1/nodes")["peers"][0]["transport"]

@@ -130,6 +130,7 @@ class ControlConnection(asyncio.Protocol):
         transport, left = self._transport, self._queue
         self._end(reason, tell=False)
         if transport is None:
+            self.closed.set()
             return
         if self._blocked_since is None:
             transport.writelines(left)  # at most what was queued before the transport was there
@@ -144,6 +145,8 @@ class ControlConnection(asyncio.Protocol):
         self._end(reason, tell=False)
         if self._transport is not None:
             self._transport.abort()
+        else:
+            self.closed.set()
 
     def _fail(self, reason: str) -> None:
         if self.over:

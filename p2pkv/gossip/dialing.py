@@ -6,13 +6,15 @@ off exponentially with jitter; a seed is never given up, an address from hearsay
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from p2pkv.gossip.membership import WILDCARDS
 from p2pkv.wire.peer import Address
+
+if TYPE_CHECKING:
+    import random
 
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_MAX_S: Final = 2.0

@@ -18,6 +18,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -41,10 +42,21 @@ from p2pkv.wire.peer import CODEC, Address, Card, Hello, PeerError, Welcome
 
 HELLO_BYTES_MAX: Final = 1 << 20
 """Room for a card with every layout an agent may have; what one stranger can make us buffer."""
+ACCEPTS_MAX: Final = 64
+"""Per wake-up of the listener: others on the loop get their turn."""
 ACCEPT_PAUSE_S: Final = 0.1
 """After a failed accept (out of descriptors): trying again at once would spin."""
 
 log = logging.getLogger("p2pkv.gossip")
+
+
+@dataclass(slots=True)
+class _Guest:
+    """An accepted connection that has not been introduced yet. ``sock`` is None once it belongs to somebody else."""
+
+    task: asyncio.Task[None]
+    sock: socket.socket | None
+    out: bytearray
 
 
 class PeerNetwork:
@@ -91,8 +103,7 @@ class PeerNetwork:
         self._listener: socket.socket | None = None
         self._port = 0
         self._connections: dict[int, ControlConnection] = {}
-        self._lobby: dict[int, asyncio.Task[None]] = {}
-        self._lobby_out: dict[int, bytearray] = {}
+        self._lobby: dict[int, _Guest] = {}
         self._dials: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._requests = Requests(self._spawn, self.counters)
@@ -127,7 +138,7 @@ class PeerNetwork:
             settings=settings, cell=self._cell, card=card, log=self._log, index=self._index, rng=self._rng,
             now=self._clock(),
         )  # fmt: skip
-        self._spawn(self._accept(self._listener), "p2pkv-peer-accept")
+        self._listen(True)
         self._arm()
         try:
             if self._sources is None:
@@ -139,14 +150,21 @@ class PeerNetwork:
             raise
 
     def leave(self) -> None:
-        """Say goodbye: readers drop our entries at once and ask us for nothing new. Links stay until :meth:`stop`."""
+        """Say goodbye to everybody: they drop this node's entries at once. Its connections stay until :meth:`stop`, so
+        that readers can finish and release what they read; new connections are refused. Idempotent."""
         if self._core is not None:
             self._act(self._core.leave(self._clock()))
 
     async def stop(self, deadline_s: float = 1.0) -> None:
-        """Say goodbye to everybody, close everything. Idempotent; takes at most about ``deadline_s``."""
+        """Say goodbye to everybody (if :meth:`leave` has not) and close everything. Idempotent.
+
+        Takes at most about ``deadline_s``.
+        """
         if self._stopping:
             return
+        if self._listener is not None:
+            self._listen(False)
+            self._listener.close()
         self._stopping = True
         if self._timer is not None:
             self._timer.cancel()
@@ -154,13 +172,11 @@ class PeerNetwork:
             await source.stop()
         leaving = list(self._connections.values())
         if self._core is not None:
-            self._act(self._core.leave(self._clock()))
-        tasks = [*self._tasks, *self._lobby.values(), *self._dials.values()]
+            self._act(self._core.close(self._clock()))
+        tasks = [*self._tasks, *(guest.task for guest in self._lobby.values()), *self._dials.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._listener is not None:
-            self._listener.close()  # not while a task waits on it
         if leaving:
             closed = [asyncio.ensure_future(connection.closed.wait()) for connection in leaving]
             _, pending = await asyncio.wait(closed, timeout=max(deadline_s, 0.01))
@@ -186,9 +202,7 @@ class PeerNetwork:
     def set_card(self, card: Card) -> None:
         """Replace layouts, transports or the HTTP address and tell everybody. Identity and address stay as they are."""
         own = self.card
-        card = msgspec.structs.replace(
-            card, node=own.node, epoch=own.epoch, address=own.address, instance=own.instance
-        )
+        card = msgspec.structs.replace(card, node=own.node, epoch=own.epoch, address=own.address, instance=own.instance)
         if self._core is None:
             self._card = card
         elif card != own:
@@ -323,8 +337,8 @@ class PeerNetwork:
     def _send(self, conn: int, frame: bytes) -> bool:
         if connection := self._connections.get(conn):
             return connection.send(frame)
-        if (out := self._lobby_out.get(conn)) is not None:
-            out += frame
+        if guest := self._lobby.get(conn):
+            guest.out += frame
             return True
         return False
 
@@ -343,40 +357,51 @@ class PeerNetwork:
 
     # --- connections
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
+    def _accept(self) -> None:
+        """The listener is readable. Not a task of its own: one that is cancelled could lose what it just accepted."""
+        assert self._core is not None and self._listener is not None
+        for _ in range(ACCEPTS_MAX):
             try:
-                sock, address = await loop.sock_accept(listener)
+                sock, address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
             except OSError as error:
                 self.counters["accept_errors"] += 1
                 log.warning("cannot accept peer connections: %s", error)
-                await asyncio.sleep(ACCEPT_PAUSE_S)
-                continue
-            assert self._core is not None
+                self._listen(False)
+                asyncio.get_running_loop().call_later(ACCEPT_PAUSE_S, self._listen, True)
+                return
             conn = self._core.take_conn()
-            self._lobby_out[conn] = bytearray()
             self._act(self._core.on_accepted(self._clock(), conn, str(address[0])))
             full = len(self._connections) + len(self._lobby) >= self._settings.connections_max
             if full or conn not in self._core.conns:
-                self._lobby_out.pop(conn)
                 self._act(self._core.on_closed(self._clock(), conn, "too many connections"))
                 self.counters["connections_refused"] += 1
                 sock.close()
                 continue
+            sock.setblocking(False)
             task = asyncio.create_task(self._introduce(conn, sock), name="p2pkv-peer-lobby")
-            self._lobby[conn] = task
+            self._lobby[conn] = _Guest(task, sock, bytearray())
             task.add_done_callback(lambda _, conn=conn: self._left_lobby(conn))  # type: ignore[misc]
 
+    def _listen(self, on: bool) -> None:
+        loop, listener = asyncio.get_running_loop(), self._listener
+        if listener is None or self._stopping:
+            return
+        if on:
+            loop.add_reader(listener, self._accept)
+        else:
+            loop.remove_reader(listener)
+
     def _left_lobby(self, conn: int) -> None:
-        self._lobby.pop(conn, None)
-        self._lobby_out.pop(conn, None)
+        guest = self._lobby.pop(conn, None)
+        if guest is not None and guest.sock is not None:
+            guest.sock.close()
 
     async def _introduce(self, conn: int, sock: socket.socket) -> None:
         """Read HELLO from the bare socket, have the core judge it, and give the connection to whom it belongs."""
         assert self._core is not None
-        core, loop = self._core, asyncio.get_running_loop()
-        handed = False
+        core, loop, guest = self._core, asyncio.get_running_loop(), self._lobby[conn]
         try:
             net.tune(sock)
             effects: list[Effect] = []
@@ -397,24 +422,20 @@ class PeerNetwork:
                 connection = self._connections[conn] = self._make_connection(conn)
                 self._act(effects)
                 await loop.connect_accepted_socket(lambda: connection, sock)
-                handed = True
+                guest.sock = None
                 return
             self._act(effects)
-            if out := self._lobby_out.get(conn):
+            if guest.out:
                 async with asyncio.timeout(self._settings.handshake_ms / 1e3):
-                    await loop.sock_sendall(sock, out)
+                    await loop.sock_sendall(sock, guest.out)
             if hello is not None and self.on_data_connection is not None and not self._stopping:
-                handed = True
                 self.on_data_connection(sock, hello, b"")
+                guest.sock = None
         except (OSError, TimeoutError) as error:
             self._gone(conn, str(error) or "timed out")
         except Exception:
-            handed = False
             log.exception("accepted connection failed")
             self._gone(conn, "internal error")
-        finally:
-            if not handed:
-                sock.close()
 
     async def _dial(self, conn: int, address: Address) -> None:
         assert self._core is not None
@@ -513,5 +534,3 @@ class PeerNetwork:
         connection = self._connections.get(conn) if conn is not None else None
         rtt_ms = connection.rtt_ms if connection is not None else None
         return view if rtt_ms is None else view.with_rtt(rtt_ms)
-
-

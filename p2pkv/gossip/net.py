@@ -127,5 +127,3 @@ def rtt_ms(sock: socket.socket) -> float | None:
         return None
     microseconds = int.from_bytes(info[TCP_INFO_RTT_OFFSET:], "little")
     return microseconds / 1e3 if microseconds else None
-
-

@@ -13,7 +13,8 @@ Rules
  3. A node is ALIVE while its stream is current: heard within ``silence_ms``, and the set that was built from it has
     the owner's checksum. Whenever it is not ALIVE its entries are hidden: at once when the connection is lost or the
     checksum differs, else by the first timer after ``silence_ms``. They are shown when the stream is current again.
- 4. Nothing current for ``purge_s``: its entries and its row are dropped. LEAVE drops the entries at once.
+ 4. Nothing current for ``purge_s``: its entries and its row are dropped. LEAVE drops the entries at once; the
+    connections are the leaving node's to close, as it may still hold blocks for its readers.
  5. A life of a node is (epoch, instance). A newer epoch voids the older life's entries and connections. An older epoch
     is refused ("stale"). The same epoch from another instance is refused while the first is alive ("duplicate").
     A life that has left does not come back.
@@ -33,10 +34,9 @@ What a frame says is kept apart from the connection it came on (:meth:`_hear`), 
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -70,6 +70,9 @@ from p2pkv.wire.peer import (
     Snapshot,
     Welcome,
 )
+
+if TYPE_CHECKING:
+    import random
 
 UNINTRODUCED_MAX: Final = 64
 """Accepted connections that have not said HELLO yet; each may make us buffer one HELLO."""
@@ -177,7 +180,7 @@ class PeerProtocol:
 
     def on_accepted(self, now: float, conn: int, host: str) -> list[Effect]:
         """A connection was accepted; ``host`` is the other end's address."""
-        if self._leaving or self._unintroduced >= UNINTRODUCED_MAX:
+        if self._unintroduced >= UNINTRODUCED_MAX:
             self.counters["unintroduced_refused"] += 1
             self._out.put(Close(conn, "too many connections that have not said HELLO"))
         else:
@@ -252,15 +255,21 @@ class PeerProtocol:
         return self._out.take()
 
     def leave(self, now: float) -> list[Effect]:
-        """Say goodbye to everybody and close everything. The last call."""
-        self._leaving = True
-        self._flush(now)
-        self._out.send_all(self._established(), CODEC.encode(Leave(self.card.epoch)))
+        """Say goodbye to everybody. Connections stay, so that what is held for readers can be released; newcomers are
+        refused, nobody is dialed, and the own log is not streamed any more."""
+        if not self._leaving:
+            self._leaving = True
+            self._out.send_all(self._established(), CODEC.encode(Leave(self.card.epoch)))
+            self._readers.clear()
+        return self._out.take()
+
+    def close(self, now: float) -> list[Effect]:
+        """Say goodbye if that has not been done, and close everything. The last call."""
+        effects = self.leave(now)
         for conn in list(self.conns):
             del self.conns[conn]
             self._out.put(Close(conn, "leaving"))
-        self._readers.clear()
-        return self._out.take()
+        return effects + self._out.take()
 
     # --- frames
 
@@ -360,6 +369,8 @@ class PeerProtocol:
             self._drop(now, c, "self")
             return
         loud = "error" if error.code in ("stale", "duplicate") else "warning"
+        if self._leaving:
+            loud = "info"  # our goodbye was faster than our HELLO
         hint = " Another process has this node's identity: give each its own state_dir." if loud == "error" else ""
         text = f"refused by {c.host}: {error.code}: {error.message}.{hint}"
         self._out.say_once(now, loud, (error.code, c.host), text)
@@ -372,6 +383,8 @@ class PeerProtocol:
         if message.epoch != row.card.epoch:
             raise RemoteProtocolError("stream of another epoch", epoch=message.epoch, expected=row.card.epoch)
         self._heard(now, c)
+        if row.state is State.LEFT:
+            return
         match self._roster.stream(row).hear(message, now):
             case Heard.CURRENT:
                 c.resyncs = 0
@@ -427,7 +440,6 @@ class PeerProtocol:
             raise RemoteProtocolError("LEAVE of another epoch", epoch=message.epoch, expected=row.card.epoch)
         self.counters["left"] += 1
         self._out.say("info", f"{row.node} has left")
-        self._close_all(now, row, "left")
         self._roster.void(now, row, State.LEFT, "left")
         self._dials.drop(row.node, row.card.address)
 
@@ -479,7 +491,7 @@ class PeerProtocol:
             if c.node is None and now - c.since > self._handshake_s:
                 self.counters["handshake_timeouts"] += 1
                 self._drop(now, c, "no introduction in time")
-            elif c.phase is Phase.READING:
+            elif c.phase is Phase.READING and self._row(c).state is not State.LEFT:
                 self._repair(now, c)
 
     def _judge_silence(self, now: float) -> None:
@@ -522,6 +534,8 @@ class PeerProtocol:
         elif row.owner_conn == c.id:
             row.owner_conn = None
             self._roster.hide(now, row, f"connection lost: {reason}")
+            if row.state is State.LEFT:
+                return
             if wait_s is None:
                 self._dials.learn(now, row.card.address)  # it may have been reached by another name
             self._dials.lost(now, row.node, wait_s=wait_s or BACKOFF_FIRST_S)

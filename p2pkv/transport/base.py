@@ -31,7 +31,7 @@ class HeldBlock(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Answer to a pin: a lease (0 = nothing was pinned), its time to live in seconds, and per asked hash a block or None."""
+    """Answer to a pin: a lease (0 = nothing was pinned), its seconds to live, and per asked hash a block or None."""
 
     lease: int
     ttl_s: float

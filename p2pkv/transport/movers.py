@@ -1,7 +1,7 @@
 """asyncio face of the native threads: futures for copies, receives and sends.
 
 One instance per process. Everything here runs on the event loop's thread; the bytes move on native threads without the
-GIL. A socket handed to :meth:`Movers.receive` or :meth:`Movers.send` belongs to the I/O thread until the result is there.
+GIL. A socket handed to :meth:`Movers.receive` or :meth:`Movers.send` is the I/O thread's until the result is there.
 """
 
 from __future__ import annotations
@@ -160,9 +160,7 @@ class Movers:
             raise Busy("too many transfers at once", limit=TRANSFERS_MAX)
         return future
 
-    async def copy(
-        self, work: Work, items: Sequence[tuple[int, int, int]], *, deadline_s: float = -1.0
-    ) -> Copied:
+    async def copy(self, work: Work, items: Sequence[tuple[int, int, int]], *, deadline_s: float = -1.0) -> Copied:
         """Run (destination, source, length) items; small ones at once, others on the copy threads.
 
         Nothing is written after ``deadline_s`` (negative: none). Cancelling the caller does not stop the copy, and the

@@ -131,9 +131,7 @@ class Engine:
         runs = numbers[0::3], numbers[1::3], numbers[2::3]
         if problem := problem_of(runs, self._bytes, peer.bytes):
             return self._refuse(read_id, ReadStatus.INVALID, problem)
-        self._reads[read_id] = ReadOp(
-            read_id, peer, runs, self._base, request.piece_bytes, request.deadline_ns / 1e9
-        )
+        self._reads[read_id] = ReadOp(read_id, peer, runs, self._base, request.piece_bytes, request.deadline_ns / 1e9)
         self._worked_at = now
         return None
 

@@ -121,11 +121,10 @@ class TcpTransport:
     async def _pull_run(
         self, request: PullRequest, first: int, last: int, deadline: float, statuses: list[Status]
     ) -> tuple[int, str]:
-        """Pull ``request.hashes[first:last]`` over one connection; returns (payload bytes, why it ended badly or "")."""
+        """Pull ``request.hashes[first:last]`` over one connection; returns (bytes, why it ended badly or "")."""
         loop = asyncio.get_running_loop()
         base = self._arena.base_address
         blocks = [(base + extent.offset, extent.length) for extent in request.destinations[first:last]]
-        left = max(0.001, deadline - loop.time())
         get = CODEC.encode(Get(request.namespace, list(request.hashes[first:last]), int(self._lease_ttl_s * 1000)))
 
         reported = first  # the native thread reports blocks in order

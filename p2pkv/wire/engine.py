@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Meta
 
 from p2pkv.types import Extent, Layout
+from p2pkv.wire.fields import KEYS_MAX, U32, U64, Hashes, Name
 from p2pkv.wire.frame import Codec
-from p2pkv.wire.peer import KEYS_MAX, U32, U64, Hashes, Name
 
 REGIONS_MAX: Final = 64
 Slots = Annotated[list[U32], Meta(max_length=KEYS_MAX)]
@@ -83,7 +83,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MapRegion(msgspec.Struct, frozen=True, array_like=True):
-    """Shared memory of the engine, by descriptor: ``slots`` slots of ``slot_bytes`` bytes each from ``offset`` on -> OK."""
+    """Shared memory of the engine, by descriptor: ``slots`` slots of ``slot_bytes`` bytes from ``offset`` on -> OK."""
 
     region: U32
     offset: U64
@@ -139,7 +139,7 @@ class Get(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Got(msgspec.Struct, frozen=True, array_like=True):
-    """Part of the answer to GET: blocks that can be read in the arena, or have failed; ``more`` parts follow unless False.
+    """Part of the answer to GET: blocks that can be read in the arena, or have failed. ``more``: another part follows.
 
     ``indices`` says which of the asked keys the lists are about. The extents are held under ``lease`` until ``ttl_ms``
     after the request reached the agent; misses have length 0; lease 0 = nothing is held.
@@ -180,7 +180,7 @@ class NodeMatch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Matched(msgspec.Struct, frozen=True, array_like=True):
-    """Per key a :class:`Source` (NONE, LOCAL, PEER); the longest prefix here and anywhere, in blocks; per node when asked for."""
+    """Per key a :class:`Source`; the longest prefix here and anywhere, in blocks; per node when asked for."""
 
     present: PerKey
     local: U32

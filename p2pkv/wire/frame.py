@@ -30,7 +30,7 @@ PROTOCOL_MAX: Final = 1
 """Versions of the message set that this build speaks; HELLO carries both and WELCOME the highest common one."""
 
 BODY_BYTES_MAX: Final = 4 << 20
-"""Fits the largest lawful message (16,384 keys of 64 bytes, or a snapshot part) with room; a peer cannot make us hold more."""
+"""Fits the largest lawful message (16,384 keys of 64 bytes, or a snapshot part); a peer cannot make us hold more."""
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -104,7 +104,8 @@ class Codec:
     """Typed bodies for one message set: an enum of types, and the struct of each."""
 
     def __init__(self, structs: dict[int, type[msgspec.Struct]]) -> None:
-        self._decoders = {t: msgspec.msgpack.Decoder(s, strict=True) for t, s in structs.items()}
+        self._structs = structs
+        self._decoders: dict[int, msgspec.msgpack.Decoder[msgspec.Struct]] = {}  # made when first needed
         self._types = {s: t for t, s in structs.items()}
 
     def encode(self, message: msgspec.Struct, request_id: int = 0) -> bytes:
@@ -119,7 +120,10 @@ class Codec:
         """
         decoder = self._decoders.get(frame.type)
         if decoder is None:
-            raise RemoteProtocolError("unknown message type", type=frame.type)
+            struct_type = self._structs.get(frame.type)
+            if struct_type is None:
+                raise RemoteProtocolError("unknown message type", type=frame.type)
+            decoder = self._decoders[frame.type] = msgspec.msgpack.Decoder(struct_type, strict=True)
         try:
             message: msgspec.Struct = decoder.decode(frame.body)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:

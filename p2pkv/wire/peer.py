@@ -1,9 +1,9 @@
 """What agents say to each other over TCP. One struct per message; ``CODEC`` frames and checks them.
 
 The *reader* dials, the *owner* answers. On a ``control`` connection the owner streams its ownership log (SNAPSHOT,
-then DELTA; an empty DELTA is its heartbeat; now and then a DIGEST) and answers PIN and RELEASE. On a ``data`` connection the reader sends GET
-and the owner answers with GOT: a frame of fixed binary records (:data:`GOT_RECORD`), followed by the payloads of the
-blocks that were hit, in the order they were asked for, with nothing in between.
+then DELTA; an empty DELTA is its heartbeat; now and then a DIGEST) and answers PIN and RELEASE. On a ``data``
+connection the reader sends GET and the owner answers with GOT: a frame of fixed binary records (:data:`GOT_RECORD`),
+followed by the payloads of the blocks that were hit, in the order they were asked for, with nothing in between.
 """
 
 from __future__ import annotations
@@ -16,24 +16,14 @@ import msgspec
 from msgspec import Meta
 
 from p2pkv.types import Extent, Layout
+from p2pkv.wire.fields import KEYS_MAX, U16, U32, U64, Hashes, Name
 from p2pkv.wire.frame import Codec
-
-KEYS_MAX: Final = 16_384
-"""Most blocks in one message: 4 million tokens at the default block of 256."""
 
 MEMBERS_MAX: Final = 4_096
 DELTA_KEYS_BYTES_MAX: Final = 65_536 * 8
 LAYOUTS_MAX: Final = 1_024
 
-U8 = Annotated[int, Meta(ge=0, le=0xFF)]
-U16 = Annotated[int, Meta(ge=0, le=0xFFFF)]
-U32 = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
-U64 = Annotated[int, Meta(ge=0)]
-"""msgspec cannot bound an integer above 2**63; msgpack itself bounds it at 2**64."""
-BlockHash = Annotated[bytes, Meta(min_length=8, max_length=64)]
-Hashes = Annotated[list[BlockHash], Meta(max_length=KEYS_MAX)]
 PackedKeys = Annotated[bytes, Meta(max_length=DELTA_KEYS_BYTES_MAX)]
-Name = Annotated[str, Meta(max_length=256)]
 
 
 class PeerType(enum.IntEnum):
@@ -74,7 +64,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
 
 
 class NixlEndpoint(msgspec.Struct, frozen=True, array_like=True):
-    """What a reader's NIXL process needs in order to read from an owner's: agent name, UCX metadata, arena base and size in bytes."""
+    """What a NIXL process needs to read from another's: agent name, UCX metadata, arena base and size (bytes)."""
 
     name: Name
     metadata: Annotated[bytes, Meta(max_length=65_536)]
@@ -127,7 +117,7 @@ class Advert(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """One part of an owner's whole log at (epoch, seq). ``checksum`` is that of the whole set. Keys are packed u64, little-endian."""
+    """One part of an owner's log at (epoch, seq). ``checksum`` is the whole set's. Keys are packed little-endian u64."""
 
     epoch: U32
     seq: U64
@@ -172,7 +162,7 @@ class Pin(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Pinned(msgspec.Struct, frozen=True, array_like=True):
-    """Answer to PIN. Lists have one entry per asked hash; misses have length 0. ``lease`` is 0 when nothing was pinned."""
+    """Answer to PIN. Lists have one entry per asked hash; misses have length 0; ``lease`` 0: nothing was pinned."""
 
     lease: U64
     ttl_ms: U32
@@ -184,7 +174,7 @@ class Pinned(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Release(msgspec.Struct, frozen=True, array_like=True):
-    """The reader is done. On a data connection lease 0 means "whatever this connection still holds" and nothing is answered."""
+    """The reader is done. On a data connection lease 0 means "whatever this connection still holds"; not answered."""
 
     lease: U64
 
@@ -204,7 +194,7 @@ class Get(msgspec.Struct, frozen=True, array_like=True):
 
 
 class NixlConnect(msgspec.Struct, frozen=True, array_like=True):
-    """The reader's NIXL process is about to connect: the owner answers NIXL_ENDPOINT and keeps its own progressing for ``serve_ms``."""
+    """The reader's NIXL process is about to connect: the owner answers NIXL_ENDPOINT and serves for ``serve_ms``."""
 
     endpoint: NixlEndpoint
     serve_ms: U32
@@ -251,4 +241,4 @@ CODEC: Final = Codec(
 
 GOT_RECORD: Final = struct.Struct("<B3xIQ16s")
 """status u8, 3 bytes of zero, payload length u32, slot generation u64, xxh3_128 (16 bytes): 32 bytes per asked block.
-The reader of these bytes is p2pkv/native/receive.cpp; keep both in step."""
+The reader of these bytes is p2pkv/native/transfer.cpp; keep both in step."""

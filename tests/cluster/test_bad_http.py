@@ -60,7 +60,13 @@ def test_a_body_that_is_wrong_is_the_askers_fault(
 
 @pytest.mark.parametrize(
     "path",
-    ["/nothing/here", "/v1/blocks?namespace=zz", "/v1/blocks?limit=-1", "/v1/blocks?limit=99999999", "/v1/blocks?limit=x"],
+    [
+        "/nothing/here",
+        "/v1/blocks?namespace=zz",
+        "/v1/blocks?limit=-1",
+        "/v1/blocks?limit=99999999",
+        "/v1/blocks?limit=x",
+    ],
 )
 def test_a_question_that_is_wrong_is_the_askers_fault(pair: list[AgentProcess], path: str) -> None:
     status, _ = pair[0].http(path)
@@ -102,7 +108,12 @@ def test_a_body_that_never_ends_is_cut_off(pair: list[AgentProcess]) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"\x00" * 4096, b"GET / HTTP/9.9\r\n\r\n", b"GET /healthz HTTP/1.1\r\n" + b"a: b\r\n" * 100_000, b"\x16\x03\x01\x02\x00"],
+    [
+        b"\x00" * 4096,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n" + b"a: b\r\n" * 100_000,
+        b"\x16\x03\x01\x02\x00",
+    ],
     ids=["zeros", "version", "headers without end", "tls"],
 )
 def test_what_is_not_http_is_answered_in_http_or_cut_off(pair: list[AgentProcess], data: bytes) -> None:
@@ -121,5 +132,7 @@ def test_what_is_not_http_is_answered_in_http_or_cut_off(pair: list[AgentProcess
 def test_engines_are_served_while_http_is_kept_busy_with_the_longest_questions(pair: list[AgentProcess]) -> None:
     """2 million tokens are the most that ``/query`` takes; a local get must not wait for the answer."""
     a = pair[0]
-    status, answer = a.http("/query", body=json.dumps({"model": "m", "token_ids": [7] * 100_000}).encode(), timeout_s=30)
+    status, answer = a.http(
+        "/query", body=json.dumps({"model": "m", "token_ids": [7] * 100_000}).encode(), timeout_s=30
+    )
     assert status == 200, answer

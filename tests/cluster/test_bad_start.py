@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.cluster]
 START_S = 40.0
 
 
-def start(tmp_path: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def start(
+    tmp_path: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run an agent that is expected to end by itself."""
     import p2pkv
 
@@ -56,7 +58,9 @@ def test_a_port_in_use_is_refused_by_name(tmp_path: Path, key: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         flag = "--peer-port" if key == "peer.port" else "--http-port"
-        done = start(tmp_path, flag, port, "--set", "http.enabled=true", *([] if key == "http.port" else ["--http-port", "0"]))
+        done = start(
+            tmp_path, flag, port, "--set", "http.enabled=true", *([] if key == "http.port" else ["--http-port", "0"])
+        )
     refused(done, port)
     assert not (tmp_path / "agent.sock").exists(), "the socket was left behind"
 

@@ -261,9 +261,7 @@ async def test_the_same_block_can_be_asked_for_twice(owner: Node, reader: Node) 
 async def test_both_can_read_each_other_at_the_same_time(owner: Node, reader: Node) -> None:
     await owner.meet(reader.id, ("127.0.0.1", reader.network.port))
     there, here = put(owner, MIDDLE, 32), put(reader, MIDDLE, 32)
-    to_here, to_there = await asyncio.gather(
-        reader.pull(owner.id, MIDDLE, there), owner.pull(reader.id, MIDDLE, here)
-    )
+    to_here, to_there = await asyncio.gather(reader.pull(owner.id, MIDDLE, there), owner.pull(reader.id, MIDDLE, here))
     assert all_right(reader, there, to_here)
     assert all_right(owner, here, to_there)
     reader.forget(to_here)

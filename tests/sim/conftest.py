@@ -89,7 +89,7 @@ class SimNode:
 
     def leave(self) -> None:
         """Gone with a word."""
-        self.act(self.core.leave(self.cell.now))
+        self.act(self.core.close(self.cell.now))
         self.up = False
         self.pipes = {}
 
@@ -235,11 +235,11 @@ class Cell:
     def deliver(self, pipe: Pipe, end: int, what: Callable[[SimNode, int], None]) -> None:
         """Something happens at one end of a pipe, after all that was under way to it."""
         node, conn = pipe.ends[end]
-        core = node.core
         when = pipe.arrives[end] = max(pipe.arrives[end], self.now + self.latency())
 
         def arrive() -> None:
-            alive = node.up and node.core is core and conn in node.pipes
+            # A later life of the node may use the same number for another connection.
+            alive = node.up and node.pipes.get(conn, (None,))[0] is pipe
             if alive and not pipe.broken and not pipe.silent:
                 what(node, conn)
 

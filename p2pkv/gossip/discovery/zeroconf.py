@@ -42,9 +42,7 @@ class ZeroconfSeeds:
 
     source = "zeroconf"
 
-    def __init__(
-        self, *, cell: str, node: NodeId, address: Address, interfaces: Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, *, cell: str, node: NodeId, address: Address, interfaces: Iterable[str] | None = None) -> None:
         self._cell = cell
         self._node = node
         self._address = address
@@ -86,9 +84,7 @@ class ZeroconfSeeds:
         # Probing for a name conflict takes about 1.7 s: not the start's business.
         self._registration = asyncio.create_task(self._register(), name="p2pkv-zeroconf-register")
 
-        def on_change(
-            zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
-        ) -> None:
+        def on_change(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
             self._on_change(found, name, removed=state_change.name == "Removed")
 
         self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, SERVICE, handlers=[on_change])

@@ -84,9 +84,7 @@ def test_announcements_of_other_cells_and_our_own_are_not_seeds() -> None:
 
 async def test_two_agents_find_each_other_by_zeroconf_on_loopback() -> None:
     finds = [Finds(), Finds()]
-    sources = [
-        ZeroconfSeeds(cell="c", node=NodeId(i + 1), address=Address("127.0.0.1", 7_000 + i)) for i in range(2)
-    ]
+    sources = [ZeroconfSeeds(cell="c", node=NodeId(i + 1), address=Address("127.0.0.1", 7_000 + i)) for i in range(2)]
     try:
         for source, find in zip(sources, finds, strict=True):
             try:

@@ -78,8 +78,9 @@ class Node:
         net: Any = self.net
         net._stopping = True
         net._timer.cancel()
-        for task in (*net._tasks, *net._lobby.values(), *net._dials.values()):
+        for task in (*net._tasks, *(guest.task for guest in net._lobby.values()), *net._dials.values()):
             task.cancel()
+        asyncio.get_running_loop().remove_reader(net._listener)
         net._listener.close()
         for connection in list(net._connections.values()):
             connection.abort("killed")
@@ -92,9 +93,7 @@ async def nodes(card: Any) -> AsyncIterator[Callable[..., Any]]:
 
     async def make(node: int, *seeds: Node, epoch: int = 1, **settings: Any) -> Node:
         fields = settings.pop("card_fields", {})
-        one = Node(
-            card(node, epoch, host="", instance=0, **fields), seeds=tuple(s.address for s in seeds), **settings
-        )
+        one = Node(card(node, epoch, host="", instance=0, **fields), seeds=tuple(s.address for s in seeds), **settings)
         made.append(one)
         await one.net.start()
         return one
@@ -305,7 +304,7 @@ async def test_a_reader_that_does_not_read_is_disconnected_and_nobody_else(nodes
             a.put(range(i * 4_096, (i + 1) * 4_096))
             a.net._act(a.net._core.on_timer(a.net._clock()))
             assert a.net.stats()["queued_bytes"] < (1 << 20)
-            await asyncio.sleep(0)
+            await b.until(lambda: b.net.peer(1).seq == a.log.seq)
         assert a.net.stats()["slow_readers"] == 1
         await a.until(lambda: not a.net.peer(9).reads_us)
         assert row.reader_conns == (conn,)

@@ -34,6 +34,7 @@ from p2pkv.wire.peer import (
     PeerType,
     Pin,
     Pinned,
+    Release,
     Resync,
     Snapshot,
     Welcome,
@@ -216,8 +217,11 @@ def test_who_says_goodbye_is_dropped_at_once_and_not_dialed(bench: Any, card: An
     bench.core.on_seeds(bench.now, "test-10.0.0.2", [])  # a seed would go on being dialed
     slot = bench.core.table.get(2).slot
     bench.say(conn if on == "its stream" else reading, Leave(1))
-    assert bench.closed(conn) and bench.closed(reading)
+    assert not bench.closed(conn) and not bench.closed(reading)  # it may hold blocks for us
     assert bench.core.table.get(2).state is State.LEFT and bench.index.count(slot) == 0
+    bench.say(conn, owner_log().heartbeat())  # on its way when it left
+    for gone in (conn, reading):
+        bench.keep(bench.core.on_closed(bench.now, gone, "closed"))
     other = bench.hello(card(3, host="10.0.0.3"))
     bench.say(other, Advert(card(3, host="10.0.0.3")))
     bench.tick(1.0)
@@ -228,12 +232,29 @@ def test_who_says_goodbye_is_dropped_at_once_and_not_dialed(bench: Any, card: An
     assert isinstance(bench.sent(back)[0], Welcome)
 
 
-def test_leaving_tells_everybody_and_closes(bench: Any, card: Any) -> None:
+def test_leaving_tells_everybody_refuses_newcomers_and_lets_readers_finish(bench: Any, card: Any) -> None:
     reader, owner = bench.hello(card(3, host="10.0.0.3")), bench.read()
     bench.keep(bench.core.leave(bench.now))
     for conn in (reader, owner):
-        assert isinstance(bench.sent(conn)[-1], Leave) and bench.closed(conn)
-    assert not bench.core.conns
+        assert isinstance(bench.sent(conn)[-1], Leave) and not bench.closed(conn)
+    assert not bench.core.leave(bench.now)
+    assert any(isinstance(e, Deliver) for e in bench.say(reader, Release(1), request_id=1))
+    for role in ("control", "data"):
+        late = bench.hello(card(4, host="10.0.0.4"), role=role)
+        assert bench.sent(late)[0].code == "draining" and bench.closed(late)
+    bench.log.record([1], Tier.DRAM, bench.now)
+    bench.tick(1.0)
+    assert not bench.sent(reader)
+    bench.keep(bench.core.close(bench.now))
+    assert bench.closed(reader) and bench.closed(owner) and not bench.core.conns
+
+
+def test_a_node_that_leaves_and_never_closes_is_closed(bench: Any) -> None:
+    conn = bench.read()
+    stream(bench, conn, owner_log())
+    bench.say(conn, Leave(1))
+    bench.tick(5.5)
+    assert bench.closed(conn) and bench.core.table.get(2).state is State.LEFT
 
 
 # --- 5: lives

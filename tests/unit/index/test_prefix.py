@@ -236,7 +236,7 @@ BAD_BUFFERS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("bad", BAD_BUFFERS, ids=repr)
+@pytest.mark.parametrize("bad", BAD_BUFFERS, ids=[str(i) for i in range(len(BAD_BUFFERS))])
 def test_buffers_that_are_no_packed_keys_are_refused(bad: Any) -> None:
     index = PrefixIndex()
     calls: list[Callable[[], object]] = [

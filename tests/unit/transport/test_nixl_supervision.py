@@ -43,9 +43,7 @@ class Script:
         self.decoder = FrameDecoder()
         self.spawned = asyncio.Event()
 
-    def spawn(
-        self, loop: asyncio.AbstractEventLoop, name: str, arena_fd: int, arena_bytes: int, *_: object
-    ) -> Child:
+    def spawn(self, loop: asyncio.AbstractEventLoop, name: str, arena_fd: int, arena_bytes: int, *_: object) -> Child:
         self.sock.close()
         ours, self.sock = socket.socketpair()
         ours.setblocking(False)
