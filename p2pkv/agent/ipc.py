@@ -176,6 +176,7 @@ class EngineConnection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._layouts: dict[int, Layout] = {}
         self._regions: dict[int, MappedRegion] = {}
+        self._fetching = 0
         self._attached: Attach | None = None
         self._closed = False
         self._cleanup: asyncio.Task[None] | None = None
@@ -200,7 +201,7 @@ class EngineConnection:
     @property
     def in_flight(self) -> int:
         """Requests that are being worked on."""
-        return len(self._tasks)
+        return len(self._tasks) + self._fetching
 
     def start(self) -> None:
         """Begin to read."""
@@ -299,7 +300,7 @@ class EngineConnection:
         refusal: Busy | None = None
         if self._server.draining and not isinstance(message, ReleaseLease | UnmapRegion):
             refusal = Busy("the agent is shutting down")
-        elif len(self._tasks) >= self._server.in_flight_max and not isinstance(message, ReleaseLease):
+        elif self.in_flight >= self._server.in_flight_max and not isinstance(message, ReleaseLease):
             refusal = Busy("too many requests in flight", limit=self._server.in_flight_max)
         if refusal is not None:
             if isinstance(message, MapRegion) and self._fds:
@@ -374,13 +375,21 @@ class EngineConnection:
         if local.indices or not local.more:
             self._send_got(local, request_id, asked_at)
         if local.more:
-            self._spawn(self._get_rest(message, request_id, local, asked_at), request_id)
+            fetching = self._service.get_rest(
+                message.namespace,
+                message.keys,
+                local.indices,
+                min(message.deadline_ms, DEADLINE_MS_MAX) / 1000,
+                self,
+                lambda ready: self._send_got(ready, request_id, asked_at),
+                lambda: not self._closed,
+            )
+            if fetching is not None:
+                self._fetching += 1
+                fetching.add_done_callback(self._on_fetched)
 
-    async def _get_rest(self, message: Get, request_id: int, local: Ready, asked_at: float) -> None:
-        deadline_s = min(message.deadline_ms, DEADLINE_MS_MAX) / 1000
-        parts = self._service.get_rest(message.namespace, message.keys, local.indices, deadline_s, self)
-        async for ready in parts:
-            self._send_got(ready, request_id, asked_at)
+    def _on_fetched(self, _: asyncio.Future[None]) -> None:
+        self._fetching -= 1
 
     def _send_got(self, ready: Ready, request_id: int, asked_at: float) -> None:
         # Counted from when the request came: the engine counts from before it asked, so its end is never after ours.

@@ -11,7 +11,7 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -33,9 +33,6 @@ log = logging.getLogger(__name__)
 
 SELF_SLOT: Final = 0
 """The index's slot of this node's own blocks."""
-
-GRACE_S: Final = 0.02
-"""A fetch that has used its deadline up may take this much longer to say so."""
 
 
 class Ready(NamedTuple):
@@ -225,43 +222,45 @@ class CacheService:
         n = len(indices)
         return Ready(pinned.lease_id, indices, [Status.OK] * n, [Source.LOCAL] * n, extents, n < len(keys))
 
-    async def get_rest(
-        self, namespace: int, keys: Sequence[bytes], have: Sequence[int], deadline_s: float, holder: Hashable
-    ) -> AsyncIterator[Ready]:
-        """Pull what :meth:`get_local` did not find; yields blocks as they are proven, misses as they are known."""
+    def get_rest(
+        self,
+        namespace: int,
+        keys: Sequence[bytes],
+        have: Sequence[int],
+        deadline_s: float,
+        holder: Hashable,
+        on_ready: Callable[[Ready], None],
+        still_wanted: Callable[[], bool] = lambda: True,
+    ) -> asyncio.Future[None] | None:
+        """Pull what :meth:`get_local` did not find; ``on_ready`` gets blocks as they are proven, misses as they are known.
+
+        The last call has ``more`` False and comes before the returned future is done; ``None``: it has come already.
+        ``still_wanted``: once it is False nothing more is held for the caller.
+        """
         here = set(have)
         missing = [i for i in range(len(keys)) if i not in here]
+        if self.fetcher is None:
+            on_ready(self._settle(namespace, keys, [(i, Status.MISS) for i in missing], holder, more=False))
+            return None
+        loop = asyncio.get_running_loop()
         settled: list[tuple[int, Status]] = []
-        arrived = asyncio.Event()
+        left = len(missing)
+
+        def flush() -> None:
+            nonlocal settled, left
+            batch, settled = settled, []
+            left -= len(batch)
+            if batch and still_wanted():
+                on_ready(self._settle(namespace, keys, batch, holder, more=left > 0))
 
         def on_fetched(position: int, status: Status) -> None:
             settled.append((missing[position], status))
-            arrived.set()
+            if len(settled) == left:
+                flush()  # the last ones: now
+            elif len(settled) == 1:
+                loop.call_soon(flush)  # together with what else this turn of the loop brings
 
-        task: asyncio.Task[None] | None = None
-        if self.fetcher is None:
-            settled = [(i, Status.MISS) for i in missing]
-            arrived.set()
-        else:
-            wanted = [keys[i] for i in missing]
-            task = asyncio.ensure_future(self.fetcher.fetch(namespace, wanted, deadline_s, on_fetched))
-            task.add_done_callback(lambda _: arrived.set())
-        left = len(missing)
-        try:
-            while left:
-                await arrived.wait()
-                arrived.clear()
-                batch, settled[:] = list(settled), []
-                if not batch and task is not None and task.done():
-                    task.result()  # every block is reported before the fetch ends: raises what kept it from that
-                    return
-                left -= len(batch)
-                if batch:
-                    yield self._settle(namespace, keys, batch, holder, more=left > 0)
-        finally:
-            if task is not None and not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        return self.fetcher.fetch(namespace, [keys[i] for i in missing], deadline_s, on_fetched)
 
     def _settle(
         self, namespace: int, keys: Sequence[bytes], batch: list[tuple[int, Status]], holder: Hashable, *, more: bool
@@ -380,11 +379,22 @@ class CacheService:
         with region:
             local = self.get_local(namespace, keys, holder)
             copies = [asyncio.ensure_future(copy_out(local))] if local.indices else []
+            wanted = True
             try:
                 if local.more:
-                    async for ready in self.get_rest(namespace, keys, local.indices, deadline_s, holder):
-                        copies.append(asyncio.ensure_future(copy_out(ready)))
+                    fetching = self.get_rest(
+                        namespace,
+                        keys,
+                        local.indices,
+                        deadline_s,
+                        holder,
+                        lambda ready: copies.append(asyncio.ensure_future(copy_out(ready))),
+                        lambda: wanted,
+                    )
+                    if fetching is not None:
+                        await asyncio.wait([fetching])
             finally:
+                wanted = False
                 await asyncio.gather(*copies)
         return Done(bytes(statuses), bytes(sources), moved[Source.LOCAL], moved[Source.PEER])
 

@@ -89,6 +89,7 @@ class Transports:
             lease_ttl_s=lease_ttl_s,
             on_clear=lambda token: service.clear_quarantine(("nixl", token)),
             on_endpoint=on_change,
+            stall_s=settings.stall_ms / 1000,
         )
         self.nixl: NixlTransport | None = None
         """The NIXL transport, while this agent runs it."""

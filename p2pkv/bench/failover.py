@@ -78,6 +78,7 @@ def run(*, quick: bool = False, transport: str = "tcp", progress: Progress | Non
         for number in range(rounds):
             progress.step("kills", number, rounds)
             rows.append(row_of(number, scene.kill_one()))
+        progress.step("kills", rounds, rounds)
     return report.make_report("failover", rows, claims_of(rows))
 
 

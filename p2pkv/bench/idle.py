@@ -85,6 +85,7 @@ def measure(agents: Fleet, transport: str, idle_s: float, progress: Progress) ->
     while (passed := time.monotonic() - began) < idle_s:
         progress.step(f"idle with {transport}, seconds", int(passed), int(idle_s))
         time.sleep(min(1.0, idle_s - passed))
+    progress.step(f"idle with {transport}, seconds", int(idle_s), int(idle_s))
     after = {name: cpu_seconds(agent) for name, agent in watched.items()}
     seconds = time.monotonic() - began
     rows = []

@@ -26,11 +26,12 @@ class Progress:
         print(text, file=self._out, flush=True)
 
     def step(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total``; shown now and then."""
+        """``done`` of ``total``; shown now and then, and gone when all is done."""
         now = time.monotonic()
-        if done < total and now - self._said_at < (EVERY_TERMINAL_S if self._terminal else EVERY_S):
+        if done >= total:
+            self._break_line()
             return
-        if done >= total and not self._terminal:
+        if now - self._said_at < (EVERY_TERMINAL_S if self._terminal else EVERY_S):
             return
         self._said_at = now
         text = f"{what}: {done} of {total}"
@@ -42,5 +43,5 @@ class Progress:
 
     def _break_line(self) -> None:
         if self._open_line:
-            print("\r\033[K", end="", file=self._out)
+            print("\r\033[K", end="", file=self._out, flush=True)
             self._open_line = False

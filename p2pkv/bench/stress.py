@@ -4,10 +4,11 @@ A writer in a process of its own fills the owner's small arena about once a seco
 blocks of which the older ones are just being evicted, with both of an engine's ways to read, and compare every
 byte that they are given. The reader's agent keeps next to nothing, so nearly every read is a pull.
 
-A pull is over in a millisecond and a slot just pinned is the last to be evicted, so that alone would seldom meet a reused
-slot. Therefore the reader's agent is stopped (SIGSTOP) again and again, in the middle of whatever it is pulling; while it
-stands still the writer fills the owner's whole arena anew; then the agent goes on. Only the leases stand between the
-bytes that it still has to read and the blocks that were written meanwhile.
+A pull is over in a millisecond and a slot just pinned is the last to be evicted, so that alone would seldom meet a
+reused slot. Therefore the reader's agent is stopped (SIGSTOP) again and again, in the middle of whatever it is pulling;
+while it stands still the writer fills the owner's whole arena anew; then the agent goes on. Only the leases stand
+between the bytes that it still has to read and the blocks that were written meanwhile.
+`benchmarks/without_guards.py` shows what happens without them.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ QUICK_GOSSIP: Final = {"peer.hold_ms": "0", "peer.flush_ms": "10"}
 class Stress(Row, frozen=True, kw_only=True):
     """What came of all reads, in blocks. ``pulled`` and ``rejected`` are the reader's agent's own counts.
 
-    ``pauses``: times that the reader's agent was stopped in the middle of a read while the owner's arena was written anew;
-    ``held_blocks``: blocks that were under lease then, so that their slots had to be left alone.
+    ``pauses``: times that the reader's agent was stopped in the middle of a read while the owner's arena was written
+    anew; ``held_blocks``: blocks that were under lease then, so that their slots had to be left alone.
     """
 
     transport: str
@@ -160,6 +161,7 @@ def _wait(
                     pinned += held
                     break
             time.sleep(rng.uniform(0.0, NAP_S))  # it was between two pulls
+    progress.step("blocks pulled", reads, reads)
     return pauses, pinned
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -78,3 +79,26 @@ def idle(quick: Quick = False, json: Json = False, check: Check = False) -> None
     from p2pkv.bench import idle as bench
 
     finish(bench.run(quick=quick), json=json, check=check)
+
+
+@app.command()
+def busy(
+    transport: Annotated[str, typer.Option(help="auto, tcp or nixl.")] = "auto",
+    model: Annotated[Path, typer.Option(help="Where the small model is kept between runs.")] = Path(
+        ".cache/demo-model"
+    ),
+    quick: Quick = False,
+    json: Json = False,
+    check: Check = False,
+) -> None:
+    """Pulls from beside a vLLM engine that is idle, inside a long prefill, stopped, dead (needs `make vllm`)."""
+    from p2pkv.bench import busy as bench
+    from p2pkv.bench.progress import Progress
+    from p2pkv.demo.busy import busy_source
+
+    progress = Progress()
+    with busy_source(
+        transport=transport, prompt_tokens=bench.PROMPT_TOKENS, model_dir=model, progress=progress.say
+    ) as scene:
+        measured = bench.run(scene, quick=quick, progress=progress)
+    finish(measured, json=json, check=check)

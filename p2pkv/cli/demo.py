@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,14 +23,31 @@ def demo(
     keep: Annotated[bool, typer.Option(help="Leave the cluster up afterwards, until Ctrl-C.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
-    """Send the same prompts cold to A, pulled to B, and recomputed on B without p2pkv; compare time and tokens."""
-    from p2pkv.demo.report import table
+    """Send the same prompts cold to A, pulled to B, and recomputed on B without p2pkv; compare time and tokens.
+
+    Exits 1 when anything is not as promised, 2 when something does not start.
+    """
+    from p2pkv.demo.cluster import Cluster
+    from p2pkv.demo.report import Outcome, table
     from p2pkv.demo.run import run_demo, wait_for_interrupt
 
     started = time.monotonic()
+    # However it is asked to end, and even where a shell started it in the background with SIGINT ignored: clean up.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def show(outcome: Outcome) -> None:
+        if json_:
+            print(msgspec.json.encode({**msgspec.to_builtins(outcome), "ok": outcome.ok}).decode(), flush=True)
+        else:
+            print(table(outcome), flush=True)
+
+    def show_and_wait(cluster: Cluster, outcome: Outcome) -> None:
+        show(outcome)
+        wait_for_interrupt(cluster, say)
 
     outcome = run_demo(
         replicas=replicas,
@@ -38,11 +56,9 @@ def demo(
         transport=transport,
         model_dir=model,
         progress=say,
-        keep=(lambda cluster: wait_for_interrupt(cluster, say)) if keep else None,
+        keep=show_and_wait if keep else None,
     )
-    if json_:
-        print(msgspec.json.encode({**msgspec.to_builtins(outcome), "ok": outcome.ok}).decode())
-    else:
-        print(table(outcome))
+    if not keep:
+        show(outcome)
     if not outcome.ok:
         raise typer.Exit(1)

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from p2pkv.demo.measure import ask_agent
 from p2pkv.demo.processes import Child, ProcessFailed, answers, free_ports
+from p2pkv.demo.progress import Progress, working
 from p2pkv.errors import ConfigError
 
 AGENT_S: Final = 60.0
@@ -22,19 +24,21 @@ REPLICA_S: Final = 420.0
 """The first start of vLLM on two cores compiles some things; later ones take 35 to 75 s."""
 MODEL_S: Final = 300.0
 CHUNK_TOKENS: Final = 256
+MODEL_TOKENS_MAX: Final = 16_384
 SHM: Final = Path("/dev/shm")
-
-Progress = Callable[[str], None]
+THREADS_MAX: Final = 16
+"""A model this small gains nothing from more."""
 
 
 @dataclass
 class AgentNode:
-    """One running agent."""
+    """One running agent, and how to start it again."""
 
     child: Child
     socket: str
     http: str
     peer_port: int
+    command: list[str]
 
 
 @dataclass
@@ -48,21 +52,30 @@ class Replica:
 
 @dataclass
 class Cluster:
-    """What is running, and where its files are. A context manager: on exit everything ends and is cleaned up."""
+    """What is running, and where its files are. A context manager: on exit everything ends and is cleaned up.
 
-    python: Path  # of the vLLM environment
+    Args:
+        python: the interpreter of vLLM's environment.
+        threads: per replica, where the engines compute on the CPU; 0 = one per core. Requests come one at a time, so
+            each replica may have all cores.
+        gpu: whether the engines compute on a GPU; None = look.
+    """
+
+    python: Path
     model: Path
     transport: str = "auto"
     capacity: str = "1GiB"
-    threads: int = 2
+    threads: int = 0
+    gpu: bool | None = None
     progress: Progress = lambda _: None
-    engine_env: Mapping[str, str] = field(default_factory=dict)
     agents: list[AgentNode] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="p2pkv-demo-"))
         self._children: list[Child] = []
+        self._gpus = gpus() if self.gpu is None else gpus() if self.gpu else 0
+        self._started = 0
 
     def __enter__(self) -> Cluster:
         return self
@@ -72,32 +85,71 @@ class Cluster:
 
     def close(self) -> None:
         """End everything, newest first, and remove what it left behind: logs, sockets, /dev/shm files."""
-        for child in reversed(self._children):
-            child.stop()
-        self._children.clear()
-        for left in SHM.glob(f"vllm_offload_{self.directory.name}-*"):  # vLLM leaves them behind
-            left.unlink(missing_ok=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if self._children:
+            self.progress("ending everything")
+        try:
+            for replica in self.replicas:
+                replica.child.terminate()  # all at once: each takes seconds
+            for child in reversed(self._children):
+                child.stop()
+        finally:
+            for child in self._children:
+                child.kill()  # those that an interrupt left; nothing where they have ended
+            self._children.clear()
+            for left in SHM.glob(f"vllm_offload_{self.directory.name}-*"):  # vLLM leaves them behind
+                left.unlink(missing_ok=True)
+            shutil.rmtree(self.directory, ignore_errors=True)
 
-    def start_agents(self, count: int) -> None:
-        """Start agents and wait until they are ready and know each other."""
+    def logs(self) -> Iterator[tuple[str, str]]:
+        """Name and the end of the log of everything that was started."""
+        for child in self._children:
+            yield child.name, child.tail()
+
+    # --- agents ---
+
+    def start_agents(self, count: int, *, cores: str = "") -> None:
+        """Start agents and wait until they are ready and all see each other.
+
+        Args:
+            cores: CPU list for taskset, e.g. "1"; empty = all.
+        """
         ports = free_ports(2 * count)
         for i in range(count):
-            self.agents.append(self._start_agent(i, ports[2 * i], ports[2 * i + 1]))
+            self.agents.append(self._start_agent(i, ports[2 * i], ports[2 * i + 1], cores))
         for agent in self.agents:
-            agent.child.wait_until(lambda agent=agent: answers(f"{agent.http}/readyz"), AGENT_S)  # type: ignore[misc]
+            self.wait_for_agent(agent)
 
-    def _start_agent(self, i: int, peer_port: int, http_port: int) -> AgentNode:
+    def restart_agent(self, agent: AgentNode) -> None:
+        """Start an agent that has ended again, at the same addresses, and wait until it is back in the cell."""
+        self._children.remove(agent.child)
+        agent.child = self._start(agent.child.name, agent.command, {})
+        self.wait_for_agent(agent)
+
+    def wait_for_agent(self, agent: AgentNode) -> None:
+        """Wait until an agent takes requests and sees all the others that run."""
+        others = sum(other.child.alive for other in self.agents) - 1
+
+        def ready() -> bool:
+            if not answers(f"{agent.http}/readyz"):
+                return False
+            peers = ask_agent(agent.http, "/v1/nodes")["peers"]
+            return len([peer for peer in peers if peer["state"] == "alive"]) >= others
+
+        agent.child.wait_until(ready, AGENT_S)
+
+    def _start_agent(self, i: int, peer_port: int, http_port: int, cores: str) -> AgentNode:
         socket = str(self.directory / f"agent{i}.sock")
         command = [
-            sys.executable, "-m", "p2pkv.cli", "agent",
+            *pinned(cores), sys.executable, "-m", "p2pkv.cli", "agent",
             "--socket", socket, "--capacity", self.capacity, "--transport", self.transport,
             "--peer-port", str(peer_port), "--http-port", str(http_port), "--set", "state_dir=:memory:",
         ]  # fmt: skip
         if i:
             command += ["--seed", f"127.0.0.1:{self.agents[0].peer_port}"]
         child = self._start(f"agent {i}", command, {})
-        return AgentNode(child, socket, f"http://127.0.0.1:{http_port}", peer_port)
+        return AgentNode(child, socket, f"http://127.0.0.1:{http_port}", peer_port, command)
+
+    # --- replicas ---
 
     def start_replica(self, agent: AgentNode | None, *, name: str, cores: str = "") -> Replica:
         """Start a vLLM server, with p2pkv's tier when an agent is given. Does not wait; see :meth:`wait_for`.
@@ -107,24 +159,33 @@ class Cluster:
         """
         (port,) = free_ports(1)
         command = [
-            str(self.python), "-m", "vllm.entrypoints.openai.api_server",
+            *pinned(cores), str(self.python), "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(self.model), "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", "float32", "--enforce-eager", "--max-model-len", "16384", "--max-num-batched-tokens", "16384",
-            "--max-num-seqs", "8", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
+            "--dtype", "float32", "--enforce-eager", "--max-model-len", str(MODEL_TOKENS_MAX),
+            "--max-num-batched-tokens", str(MODEL_TOKENS_MAX), "--max-num-seqs", "8",
+            "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
         ]  # fmt: skip
         if agent is not None:
-            engine_id = f"{self.directory.name}-{port}"
-            command += ["--kv-transfer-config", json.dumps(kv_transfer_config(agent.socket, engine_id))]
-        if cores:
-            command = ["taskset", "-c", cores, *command]
-        child = self._start(name, command, engine_environment(self.threads) | dict(self.engine_env))
-        replica = Replica(child, f"http://127.0.0.1:{port}", agent is not None)
+            config = kv_transfer_config(agent.socket, f"{self.directory.name}-{port}", gpu=bool(self._gpus))
+            command += ["--kv-transfer-config", json.dumps(config)]
+        env = engine_environment() | {"TMPDIR": str(self.directory)}  # sockets and locks that vLLM forgets to remove
+        if self._gpus:
+            # Two of the demo's models fit on any GPU; vLLM would otherwise take all of it for one.
+            command += ["--gpu-memory-utilization", "0.3"]
+            if "CUDA_VISIBLE_DEVICES" not in os.environ:
+                env["CUDA_VISIBLE_DEVICES"] = str(self._started % self._gpus)
+        else:
+            env |= cpu_environment(self.threads or min(THREADS_MAX, len(os.sched_getaffinity(0))))
+        self._started += 1
+        replica = Replica(self._start(name, command, env), f"http://127.0.0.1:{port}", agent is not None)
         self.replicas.append(replica)
         return replica
 
-    def wait_for(self, replica: Replica, tick: Callable[[], None] = lambda: None) -> None:
-        """Wait until a replica serves."""
-        replica.child.wait_until(lambda: answers(f"{replica.url}/health"), REPLICA_S, tick)
+    def wait_for(self, *replicas: Replica) -> None:
+        """Wait until replicas serve."""
+        with working(self.progress, "vLLM is starting"):
+            for replica in replicas:
+                replica.child.wait_until(lambda url=replica.url: answers(f"{url}/health"), REPLICA_S)  # type: ignore[misc]
 
     def stop_replica(self, replica: Replica) -> None:
         """End one replica."""
@@ -132,22 +193,31 @@ class Cluster:
         self._children.remove(replica.child)
         self.replicas.remove(replica)
 
-    def _start(self, name: str, command: list[str], env: Mapping[str, str]) -> Child:
-        log = self.directory / (name.replace(" ", "-") + ".log")
-        child = Child(name, command, log, env)
+    def _start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> Child:
+        child = Child(name, command, self.directory / (name.replace(" ", "-") + ".log"), env)
         self._children.append(child)
         return child
 
 
-def kv_transfer_config(socket: str, engine_id: str) -> dict[str, object]:
-    """vLLM's ``--kv-transfer-config`` for a replica beside the agent at ``socket``; ``engine_id``: of its /dev/shm file."""
+def pinned(cores: str) -> list[str]:
+    """What stands before a command that may use these cores only."""
+    return ["taskset", "-c", cores] if cores else []
+
+
+def kv_transfer_config(socket: str, engine_id: str, *, gpu: bool) -> dict[str, object]:
+    """vLLM's ``--kv-transfer-config`` for a replica beside the agent at ``socket``.
+
+    Args:
+        engine_id: names the replica's file in /dev/shm.
+        gpu: vLLM's own offloading spec instead of the one for CPUs.
+    """
+    cpu_spec = {"spec_name": "CpuTieringOffloadingSpec", "spec_module_path": "p2pkv.connectors.vllm_cpu"}
     return {
         "engine_id": engine_id,
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
-            "spec_name": "CpuTieringOffloadingSpec",
-            "spec_module_path": "p2pkv.connectors.vllm_cpu",
+            **({"spec_name": "TieringOffloadingSpec"} if gpu else cpu_spec),
             "cpu_bytes_to_use": 512 << 20,
             "block_size": CHUNK_TOKENS,
             "secondary_tiers": [
@@ -155,25 +225,44 @@ def kv_transfer_config(socket: str, engine_id: str) -> dict[str, object]:
                     "type": "P2PKVTier",
                     "module_path": "p2pkv.connectors.vllm",
                     "socket": socket,
-                    "lookup_deadline_ms": 500,
+                    "lookup_deadline_ms": 500,  # two replicas, two agents and a client on two cores
                 }
             ],
         },
     }
 
 
-def engine_environment(threads: int) -> dict[str, str]:
-    """What vLLM needs on a machine without a GPU and without a network."""
+def engine_environment() -> dict[str, str]:
+    """What vLLM needs on a machine without a network."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "",  # without bytecode every start compiles a quarter of a gigabyte of sources
+    }
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    """What vLLM needs on a machine without a GPU."""
     return {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "PYTHONHASHSEED": "0",
     }
+
+
+def gpus() -> int:
+    """How many NVIDIA GPUs vLLM is to use: what ``scripts/setup-vllm.sh`` goes by; ``SETUP_VLLM=cpu`` says none."""
+    if os.environ.get("SETUP_VLLM") == "cpu" or not (tool := shutil.which("nvidia-smi")):
+        return 0
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 def find_vllm_python() -> Path:
@@ -192,17 +281,31 @@ def find_vllm_python() -> Path:
     raise ConfigError("vLLM's environment is not there", hint="Run `make vllm` first, or set P2PKV_VLLM_PYTHON.")
 
 
-def make_model(python: Path, directory: Path) -> Path:
-    """A small random-weight model, made once.
+def make_model(python: Path, directory: Path, progress: Progress = lambda _: None) -> Path:
+    """A small random-weight model, made once: ``directory`` is there as a whole or not at all.
 
     Raises:
+        ConfigError: there is something else at ``directory``, or this is not a checkout.
         ProcessFailed: the generator failed.
     """
-    if not (directory / "model.safetensors").exists():
-        script = Path(__file__).resolve().parents[2] / "examples" / "make_tiny_model.py"
-        made = subprocess.run(
-            [str(python), str(script), str(directory)], capture_output=True, text=True, timeout=MODEL_S
-        )
-        if made.returncode:
-            raise ProcessFailed(f"cannot make the model:\n{made.stderr[-2000:]}")
+    if (directory / "model.safetensors").exists():
+        return directory
+    if directory.exists():
+        raise ConfigError("this directory holds no model", hint="Remove it, or name another.", directory=directory)
+    script = Path(__file__).resolve().parents[2] / "examples" / "make_tiny_model.py"
+    if not script.exists():
+        raise ConfigError("the model's generator is not there", hint="Run the demo from a checkout.", script=script)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=directory.parent) as scratch:
+        made = Path(scratch) / "model"
+        log = Path(scratch) / "log"
+        child = Child("the model's generator", [str(python), str(script), str(made)], log)
+        try:
+            with working(progress, "making a small random-weight model"):
+                code = child.wait(MODEL_S)
+        finally:
+            child.stop()
+        if code:
+            raise ProcessFailed(f"cannot make the model:\n{child.tail()}")
+        made.rename(directory)
     return directory

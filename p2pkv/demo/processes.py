@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -16,11 +18,25 @@ from typing import Final
 from p2pkv.errors import P2PKVError
 
 STOP_S: Final = 20.0
-LOG_LINES: Final = 25
+LOG_LINES: Final = 30
+LOG_CAUSES: Final = 8
+"""Lines that name an error, from before the last :data:`LOG_LINES`: vLLM reports a cause long before it ends."""
+PR_SET_PDEATHSIG: Final = 1
+_libc: Final = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be loaded between fork and exec
 
 
 class ProcessFailed(P2PKVError):
     """A child ended, or did not get ready in time; the message carries the end of its log."""
+
+
+def die_with_parent() -> None:
+    """Run in a child before it executes: it is told to end when its parent is gone, however that ended."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without p2pkv's settings: what runs here is not a user's own agent or engine."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("P2PKV_")}
 
 
 class Child:
@@ -29,14 +45,16 @@ class Child:
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.log = log
+        self._group_killed = False
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 list(command),
-                env={**os.environ, **(env or {})},
+                env=clean_environment() | dict(env or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     @property
@@ -54,23 +72,53 @@ class Child:
         if self.alive:
             os.killpg(self._process.pid, number)
 
-    def stop(self, timeout_s: float = STOP_S) -> int:
-        """Ask it to end (SIGTERM), insist (SIGKILL) if it does not; returns its exit code."""
+    def kill(self) -> None:
+        """SIGKILL the child and whatever it started, and reap it."""
+        self._kill_group()
+        self._process.wait(STOP_S)
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM), also if it was stopped. Does not wait; :meth:`stop` does."""
         if self.alive:
+            self.signal(signal.SIGCONT)
             self._process.terminate()
-            try:
-                self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                pass
+
+    def stop(self, timeout_s: float = STOP_S) -> int:
+        """Ask it to end, insist (SIGKILL) if it does not; returns its exit code."""
+        self.terminate()
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)  # whatever of its group is left
-        except ProcessLookupError:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
+        finally:  # an impatient Ctrl-C ends the waiting, not the killing
+            self._kill_group()
         return self._process.wait(timeout_s)
 
+    def wait(self, timeout_s: float) -> int:
+        """Wait for its end; returns its exit code.
+
+        Raises:
+            ProcessFailed: the time is over.
+        """
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ProcessFailed(f"{self.name} did not end within {timeout_s:.0f} s:\n{self.tail()}") from None
+
+    def _kill_group(self) -> None:
+        # The group lives on, under the child's id, while anything that the child started does. Killed once only:
+        # afterwards the id may be somebody else's.
+        if self._group_killed:
+            return
+        self._group_killed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def tail(self) -> str:
-        """The last lines of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        """The last lines of its log, after the last ones before them that name an error."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        before, last = lines[:-LOG_LINES], lines[-LOG_LINES:]
+        causes = [line for line in before if "Error: " in line or line.rstrip().endswith("Error")][-LOG_CAUSES:]
+        return "\n".join([*causes, *(["..."] if causes else []), *last])
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float, tick: Callable[[], None] = lambda: None) -> None:
         """Wait for a condition while the child lives.
@@ -105,3 +153,14 @@ def free_ports(count: int) -> list[int]:
     finally:
         for sock in sockets:
             sock.close()
+
+
+def cpu_seconds(pid: int, proc: Path = Path("/proc")) -> float:
+    """CPU time used so far by a process and its living descendants, all threads, user and system."""
+    used = 0.0
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may end meanwhile
+        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        for task in (proc / str(pid) / "task").iterdir():
+            used += sum(cpu_seconds(int(child), proc) for child in (task / "children").read_text().split())
+    return used

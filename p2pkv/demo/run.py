@@ -1,20 +1,31 @@
-"""The demo itself: the same prompts cold on A, pulled to the others, and recomputed there without p2pkv."""
+"""The demo itself: the same prompts cold on A, recomputed on B without p2pkv, and pulled to B (and C, ...)."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from p2pkv.demo.cluster import CHUNK_TOKENS, AgentNode, Cluster, Progress, Replica, find_vllm_python, make_model
+from p2pkv.demo.cluster import (
+    CHUNK_TOKENS,
+    MODEL_TOKENS_MAX,
+    AgentNode,
+    Cluster,
+    Replica,
+    find_vllm_python,
+    make_model,
+)
 from p2pkv.demo.measure import ask_agent, complete, prompt_of, scrape, total, wait_visible
+from p2pkv.demo.progress import Progress, working
 from p2pkv.demo.report import Outcome, Run, promises
 from p2pkv.errors import ConfigError
 
 QUESTION_TOKENS: Final = 16
 """Behind the shared prefix, so that its last block is reusable too: an engine always computes at least one token."""
+ANSWER_TOKENS: Final = 16
+PROMPT_TOKENS_MAX: Final = MODEL_TOKENS_MAX - QUESTION_TOKENS - ANSWER_TOKENS
 WARM_TOKENS: Final = 512
 
 
@@ -26,91 +37,115 @@ def run_demo(
     transport: str,
     model_dir: Path,
     progress: Progress,
-    keep: Callable[[Cluster], None] | None = None,
+    keep: Callable[[Cluster, Outcome], None] | None = None,
 ) -> Outcome:
     """Start everything, measure, end everything.
+
+    B is first started without p2pkv, which gives the times to compare with, and then with it: at the end every replica
+    has p2pkv, and that is what ``keep`` is shown.
 
     Args:
         replicas: engines with p2pkv, each with an agent; the first one computes, the others pull.
         prompts, prompt_tokens: how many prefixes, and how long each is.
-        keep: called with the running cluster when all has been measured; it ends when that returns.
+        keep: called with the running cluster when all has been measured; everything ends when that returns.
 
     Raises:
         ConfigError: vLLM's environment is not there, or the arguments make no sense.
         ProcessFailed: something did not start, or ended; with the end of its log.
     """
-    if replicas < 2 or prompts < 1 or not CHUNK_TOKENS <= prompt_tokens <= 15_000:
+    if replicas < 2 or prompts < 1 or not CHUNK_TOKENS <= prompt_tokens <= PROMPT_TOKENS_MAX:
         raise ConfigError(
-            "the demo needs two replicas or more, one prompt or more, and prompts of 256 to 15,000 tokens",
+            f"the demo needs two replicas or more, a prompt or more, and {CHUNK_TOKENS} to {PROMPT_TOKENS_MAX} tokens",
             replicas=replicas, prompts=prompts, prompt_tokens=prompt_tokens,
         )  # fmt: skip
+    if transport not in ("auto", "tcp", "nixl"):
+        raise ConfigError("the transport is auto, tcp or nixl", transport=transport)
     python = find_vllm_python()
-    progress("making a small random-weight model")
-    model = make_model(python, model_dir)
+    model = make_model(python, model_dir, progress)
+    texts = [prompt_of(1_000 + i, prompt_tokens + QUESTION_TOKENS) for i in range(prompts)]
+    full_tokens = prompt_tokens // CHUNK_TOKENS * CHUNK_TOKENS
+    runs = []
     with Cluster(python=python, model=model, transport=transport, progress=progress) as cluster:
         progress(f"starting {replicas} agents")
         cluster.start_agents(replicas)
-        progress(f"starting {replicas} vLLM replicas (a minute or two on two cores)")
-        engines = [cluster.start_replica(agent, name=f"replica {i}") for i, agent in enumerate(cluster.agents)]
-        _wait(cluster, engines, progress)
-        texts = [prompt_of(1_000 + i, prompt_tokens + QUESTION_TOKENS) for i in range(prompts)]
-        for engine in engines:
-            complete(engine.url, prompt_of(7, WARM_TOKENS))  # the first forward pass of an engine is not typical
-        runs = []
+        agents = cluster.agents
+        progress(f"starting {replicas} vLLM replicas (a minute or two on two cores); B without p2pkv at first")
+        with_p2pkv = {
+            i: cluster.start_replica(agents[i], name=f"replica {name_of(i)}") for i in range(replicas) if i != 1
+        }
+        plain = cluster.start_replica(None, name="replica B without p2pkv")
+        cluster.wait_for(*with_p2pkv.values(), plain)
+        warm(*with_p2pkv.values(), plain, progress=progress)
         for number, text in enumerate(texts):
-            progress(f"prompt {number}: cold on A")
-            runs.append(_measure(number, "cold", "A", engines[0], cluster.agents[0], text))
+            with working(progress, f"prompt {number}: cold on A"):
+                runs.append(measure_run(number, "cold", "A", with_p2pkv[0], agents[0], text))
+            with working(progress, f"prompt {number}: recomputed on B without p2pkv"):
+                runs.append(measure_run(number, "recomputed", "B", plain, None, text))
+        progress("starting B again, with p2pkv")
+        cluster.stop_replica(plain)
+        with_p2pkv[1] = cluster.start_replica(agents[1], name="replica B")
+        cluster.wait_for(with_p2pkv[1])
+        warm(with_p2pkv[1], progress=progress)
+        for number, text in enumerate(texts):
             for i in range(1, replicas):
-                name = chr(ord("A") + i)
-                wait_visible(
-                    cluster.agents[i].http, model.resolve().name, text, prompt_tokens // CHUNK_TOKENS * CHUNK_TOKENS
-                )
-                progress(f"prompt {number}: pulled to {name}")
-                runs.append(_measure(number, "pulled", name, engines[i], cluster.agents[i], text))
-        used = ask_agent(cluster.agents[1].http, "/v1/nodes")["peers"][0]["transport"]
-        progress("starting B again, without p2pkv")
-        cluster.stop_replica(engines[1])
-        plain = cluster.start_replica(None, name="replica without p2pkv")
-        _wait(cluster, [plain], progress)
-        complete(plain.url, prompt_of(7, WARM_TOKENS))
-        for number, text in enumerate(texts):
-            progress(f"prompt {number}: recomputed on B")
-            runs.append(_measure(number, "recomputed", "B", plain, None, text))
-        full_blocks = prompt_tokens // CHUNK_TOKENS
-        outcome = Outcome(
-            model_bytes_per_token=runs[1].bytes_moved // max(1, runs[1].from_peer_tokens),
-            prompt_tokens=prompt_tokens + QUESTION_TOKENS,
-            full_blocks=full_blocks,
-            block_tokens=CHUNK_TOKENS,
-            transport=str(used),
-            runs=sorted(runs, key=lambda run: run.prompt),
-            promises=promises(runs, full_blocks=full_blocks, block_tokens=CHUNK_TOKENS),
-        )
+                wait_visible(agents[i].http, model.resolve().name, text, full_tokens)
+                with working(progress, f"prompt {number}: pulled to {name_of(i)}"):
+                    runs.append(measure_run(number, "pulled", name_of(i), with_p2pkv[i], agents[i], text))
+        outcome = judge(runs, prompt_tokens, asked=transport, used=transport_used(agents[1]))
         if keep is not None:
-            keep(cluster)
+            keep(cluster, outcome)
     return outcome
 
 
-def _wait(cluster: Cluster, engines: list[Replica], progress: Progress) -> None:
-    started = time.monotonic()
-    said = 0.0
-
-    def tick() -> None:
-        nonlocal said
-        now = time.monotonic() - started
-        if now - said >= 10:
-            said = now
-            progress(f"  vLLM is starting ... {now:.0f} s")
-
-    for engine in engines:
-        cluster.wait_for(engine, tick)
+def judge(runs: Sequence[Run], prompt_tokens: int, *, asked: str, used: str) -> Outcome:
+    """What was measured, and whether it is as promised; ``prompt_tokens``: of each prefix."""
+    full_blocks = prompt_tokens // CHUNK_TOKENS
+    return Outcome(
+        prompt_tokens=prompt_tokens + QUESTION_TOKENS,
+        full_blocks=full_blocks,
+        block_tokens=CHUNK_TOKENS,
+        transport=used,
+        runs=sorted(runs, key=lambda run: run.prompt),
+        promises=promises(runs, full_blocks=full_blocks, block_tokens=CHUNK_TOKENS, asked=asked, used=used),
+    )
 
 
-def _measure(number: int, how: str, name: str, engine: Replica, agent: AgentNode | None, prompt: list[int]) -> Run:
-    """One completion, with what its agent and its engine counted meanwhile."""
+def name_of(replica: int) -> str:
+    """A, B, C, ..."""
+    return chr(ord("A") + replica)
+
+
+def transport_used(agent: AgentNode) -> str:
+    """What an agent uses towards its first live peer."""
+    peers = ask_agent(agent.http, "/v1/nodes")["peers"]
+    return next((str(peer["transport"]) for peer in peers if peer["state"] == "alive"), "none")
+
+
+def warm(*engines: Replica, progress: Progress = lambda _: None) -> None:
+    """One short request each, which nothing measured shares a prefix with: an engine's first is not typical."""
+    with working(progress, "warming up"):
+        for engine in engines:
+            complete(engine.url, prompt_of(7, WARM_TOKENS))
+
+
+def measure_run(
+    number: int,
+    how: str,
+    name: str,
+    engine: Replica,
+    agent: AgentNode | None,
+    prompt: list[int],
+    *,
+    salt: str | None = None,
+) -> Run:
+    """One completion, with what its agent and its engine counted meanwhile.
+
+    Args:
+        salt: makes the engine take the prompt for another one, so that it finds nothing of it and computes it all.
+    """
     agent_before = scrape(agent.http) if agent else {}
     engine_before = scrape(engine.url) if agent else {}
-    answer = complete(engine.url, prompt)
+    answer = complete(engine.url, prompt, max_tokens=ANSWER_TOKENS, salt=salt)
     agent_after = scrape(agent.http) if agent else {}
     engine_after = scrape(engine.url) if agent else {}
 

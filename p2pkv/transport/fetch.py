@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -90,7 +90,7 @@ class Fetcher(Generic[P]):
         self._transport = transport
         self._blocks_max = blocks_max
         self._flights: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
-        self._pulls: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.stats = FetchStats()
 
     @property
@@ -98,27 +98,30 @@ class Fetcher(Generic[P]):
         """Blocks being pulled."""
         return len(self._flights)
 
-    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run one pull to its end, whoever stops waiting for it."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._pulls.add(task)
-        task.add_done_callback(self._pulls.discard)
+    def fetch(
+        self, namespace: int, hashes: Sequence[bytes], deadline_s: float, on_fetched: OnFetched
+    ) -> asyncio.Task[None]:
+        """Begin to fetch blocks that are not here; the task ends when every one has been reported.
+
+        The task belongs to the fetcher: wait for it, do not cancel it. Others may have joined what it pulls, and a slot
+        that bytes are on their way to must not be given back; it has a deadline of its own.
+        """
+        loop = asyncio.get_running_loop()
+        fetch = _Fetch(self, namespace, list(hashes), loop.time() + deadline_s, on_fetched)
+        task = loop.create_task(fetch.run())
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
         return task
 
-    async def stop(self) -> None:
-        """Wait for pulls under way; they end when their transports are stopped, or by their deadlines."""
-        if self._pulls:
-            await asyncio.wait(self._pulls)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a fetch failed: %r", error, exc_info=error)
 
-    async def fetch(self, namespace: int, hashes: Sequence[bytes], deadline_s: float, on_fetched: OnFetched) -> None:
-        """Fetch blocks that are not here. Returns when every one has been reported."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + deadline_s
-        fetch = _Fetch(self, namespace, list(hashes), deadline, on_fetched)
-        try:
-            await fetch.run()
-        finally:
-            fetch.report_rest(Status.TIMEOUT)
+    async def stop(self) -> None:
+        """Wait for what is under way; it ends when the transports are stopped, or by its deadlines."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 class _Fetch(Generic[P]):
@@ -137,18 +140,18 @@ class _Fetch(Generic[P]):
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
-        for _ in range(ROUNDS_MAX):
-            if not self._left or self._loop.time() >= self._deadline:
-                return
-            joined = self._join_flights()
-            pulls = self._plan(joined)
-            if not pulls and not joined:
-                return
-            await self._round(pulls, joined)
-
-    def report_rest(self, status: Status) -> None:
-        for i in list(self._left):
-            self._report(i, status)
+        try:
+            for _ in range(ROUNDS_MAX):
+                if not self._left or self._loop.time() >= self._deadline:
+                    return
+                joined = self._join_flights()
+                pulls = self._plan(joined)
+                if not pulls and not joined:
+                    return
+                await self._round(pulls, joined)
+        finally:
+            for i in list(self._left):
+                self._report(i, Status.TIMEOUT)
 
     def _report(self, i: int, status: Status) -> None:
         if i in self._left:
@@ -201,9 +204,10 @@ class _Fetch(Generic[P]):
             fetcher._flights[(self._namespace, self._hashes[i])] = self._loop.create_future()
 
     async def _round(self, pulls: list[_Pull[P]], joined: dict[int, asyncio.Future[Status]]) -> None:
-        # A pull is not cancelled with the fetch that began it: others may have joined it, and a slot that bytes are on
-        # their way to must not be given back. It has a deadline of its own.
-        waits: list[asyncio.Future[None]] = [self._fetcher.begin(self._pull(pull)) for pull in pulls]
+        if len(pulls) == 1 and not joined:
+            await self._pull(pulls[0])
+            return
+        waits = [asyncio.ensure_future(self._pull(pull)) for pull in pulls]
         if joined:
             waits.append(asyncio.ensure_future(self._await_joined(joined)))
         await asyncio.wait(waits)

@@ -176,10 +176,13 @@ class Movers:
 
     async def _settle(self, engine: _native.IoEngine, job: int, future: asyncio.Future[Moved]) -> Moved:
         try:
-            return await asyncio.shield(future)
+            return await future
         except asyncio.CancelledError:
-            engine.cancel(job)
-            await _uncancelled(future)
+            if job in self._transfers:  # memory and socket are in use until its final event
+                ended: asyncio.Future[Moved] = asyncio.get_running_loop().create_future()
+                self._transfers[job] = _Transfer(ended, None)
+                engine.cancel(job)
+                await _uncancelled(ended)
             raise
 
     def _on_copied(self) -> None:

@@ -87,6 +87,7 @@ class NixlTransport:
     Args:
         on_clear: called with a result's token when nothing can write to its unsafe slots any more.
         on_endpoint: called when the NIXL process came or went.
+        stall_s: an owner that does not answer PIN for so long is given up.
     """
 
     name = "nixl"
@@ -103,12 +104,14 @@ class NixlTransport:
         lease_ttl_s: float,
         on_clear: Callable[[int], None],
         on_endpoint: Callable[[], None],
+        stall_s: float = 0.5,
     ) -> None:
         self._arena = arena
         self._source = source
         self._network = network
         self._lease_ttl_s = lease_ttl_s
         self._on_endpoint = on_endpoint
+        self._stall_s = stall_s
         self._owners: dict[int, _Owner] = {}
         self._connecting: dict[int, asyncio.Task[_Owner]] = {}
         self._releases: set[asyncio.Task[None]] = set()
@@ -210,7 +213,8 @@ class NixlTransport:
         for attempt in range(2):
             owner = self._owner(request.node) or await self._connect(request.node, link, deadline - loop.time())
             pin = Pin(request.namespace, list(request.hashes), int(self._lease_ttl_s * 1000), not owner.inline)
-            pinned = await link.request(pin, max(0.001, deadline - loop.time()))
+            # A holder that stands still must not use up the time in which another one could be asked.
+            pinned = await link.request(pin, max(0.001, min(deadline - loop.time(), self._stall_s)))
             assert isinstance(pinned, Pinned)  # the link pairs requests with the type of their answers
             count = len(request.hashes)
             lists = (pinned.statuses, pinned.extents, pinned.generations)
@@ -258,7 +262,7 @@ class NixlTransport:
         ours = self.process.ready
         if ours is None:
             raise PeerUnavailable("our NIXL process is being restarted")
-        reply = await link.request(NixlConnect(ours, int(CONNECT_S * 1000)), CONNECT_S)
+        reply = await link.request(NixlConnect(ours, int(CONNECT_S * 1000)), min(CONNECT_S, self._stall_s))
         assert isinstance(reply, NixlEndpointReply)
         if reply.endpoint is None:
             raise PeerUnavailable("the peer's NIXL process is being restarted")

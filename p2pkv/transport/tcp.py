@@ -143,7 +143,9 @@ class TcpTransport:
             pooled = sock is not None
             try:
                 if sock is None:
-                    sock = await self._open_data(request.node, max(0.001, deadline - loop.time()))
+                    # A holder that stands still must not use up the time in which another one could be asked.
+                    dial_s = min(deadline - loop.time(), self._stall_s)
+                    sock = await self._open_data(request.node, max(0.001, dial_s))
                 moved = await self._exchange(request.node, sock, get, blocks, deadline - loop.time(), on_blocks)
             except Busy as error:
                 moved = Moved(Code.REFUSED, 0, CODEC.encode(PeerError("busy", str(error)))[HEADER.size :])
