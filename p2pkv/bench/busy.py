@@ -1,8 +1,8 @@
 """``p2pkv bench busy``: what a pull costs when the engine that computed the blocks is busy, stopped or dead.
 
-Two real engines, each beside an agent. The first computes prompts; the second is asked for them, and pulls them from the
-first one's agent: while that engine is idle, while it is inside one long prefill, when it stands still, and when it is
-gone. Idle is measured before and after busy, so that a drift of the machine shows up as noise and not as a result.
+Two real engines, each beside an agent. The first computes prompts; the second is asked for them, and pulls them from
+the first one's agent: while that engine is idle, while it is inside one long prefill, when it stands still, and when it
+is gone. Idle is measured before and after busy, so that a drift of the machine shows up as noise, not as a result.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def claims_of(rows: list[BusyPull]) -> list[Claim]:
     return [
         at_most("busy.ttft_over_idle", ratio(ttft["busy"], ttft["idle"]), TTFT_RATIO_MAX, "x", what),
         *(
-            at_least(f"busy.{source}.pulled", share[source], SHARE_MIN, "of the prefix", "what came from the peer, least")
+            at_least(
+                f"busy.{source}.pulled", share[source], SHARE_MIN, "of the prefix", "what came from the peer, least"
+            )
             for source in PHASES
         ),
         at_most("busy.wrong_answers", sum(not row.tokens_right for row in rows), 0, "answers", "of all pulls"),

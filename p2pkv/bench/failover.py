@@ -4,6 +4,9 @@ Three agents; this process is the engine of the first. It gets local blocks one 
 with SIGKILL in between, and right after the kill, when the death may not be known yet, asks once for a block that only
 the dead agent had. Repeated with a fresh victim; the claims are about the median round for the ratios (two cores have
 other things to do as well) and about the worst round for the miss.
+
+The kernel closes a killed process's sockets only after it has taken its memory down, which takes longer the more of it
+was in use. Therefore one round more kills an agent with a large, full arena.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ KILL_AT: Final = 100
 LOCAL_KEYS: Final = 64
 VICTIM_KEYS: Final = 16
 ROUNDS: Final = 5
+FULL_BYTES: Final = 1 << 30
+"""The large, full arena."""
+FILL_KEYS: Final = 256
 DEADLINE_MS: Final = 2_000
 P99_RATIO_MAX: Final = 1.5
 MISS_MS_MAX: Final = 100.0
@@ -38,6 +44,7 @@ class Round(Row, frozen=True, kw_only=True):
     """One kill. p99 of local gets before, while and after it; how long the first get of a dead node's block took."""
 
     round: int
+    victim_bytes: int
     block_bytes: int
     gets: int
     before_p50_us: float | None
@@ -77,16 +84,20 @@ def run(*, quick: bool = False, transport: str = "tcp", progress: Progress | Non
         scene = Scene(agents, transport)
         for number in range(rounds):
             progress.step("kills", number, rounds)
-            rows.append(row_of(number, scene.kill_one()))
+            rows.append(row_of(number, CAPACITY_BYTES, scene.kill_one()))
         progress.step("kills", rounds, rounds)
+        if not quick:
+            progress.say(f"an agent with {FULL_BYTES >> 30} GiB of blocks")
+            rows.append(row_of(rounds, FULL_BYTES, scene.kill_one(full=True)))
     return report.make_report("failover", rows, claims_of(rows))
 
 
-def row_of(number: int, kill: Kill) -> Round:
+def row_of(number: int, victim_bytes: int, kill: Kill) -> Round:
     """Sum a round up."""
     before, during, after = (percentile(samples, 99) for samples in (kill.before, kill.during, kill.after))
     return Round(
         round=number,
+        victim_bytes=victim_bytes,
         block_bytes=BLOCK_BYTES,
         gets=len(kill.before),
         before_p50_us=report.rounded(percentile(kill.before, 50) * 1e6),
@@ -104,18 +115,27 @@ def row_of(number: int, kill: Kill) -> Round:
 
 def claims_of(rows: list[Round]) -> list[Claim]:
     """The promises of issue 2, point 5."""
-    during = percentile([row.during_over_before or float("nan") for row in rows], 50)
-    after = percentile([row.after_over_before or float("nan") for row in rows], 50)
-    misses = [row.first_miss_ms for row in rows]
-    slowest = max((miss for miss in misses if miss is not None), default=float("nan"))
+    small = [row for row in rows if row.victim_bytes != FULL_BYTES]
+    during = percentile([nan_if_none(row.during_over_before) for row in small], 50)
+    after = percentile([nan_if_none(row.after_over_before) for row in small], 50)
     got = sum(row.first_miss_status == Status.OK.name.lower() for row in rows)
-    what = f"p99 of {GETS} local gets over that of before, median of {len(rows)} kills"
-    return [
+    what = f"p99 of {GETS} local gets over that of before, median of {len(small)} kills"
+    claims = [
         at_most("failover.local_p99.during_over_before", during, P99_RATIO_MAX, "x", what),
         at_most("failover.local_p99.after_over_before", after, P99_RATIO_MAX, "x", what),
-        at_most("failover.first_get_of_dead", slowest, MISS_MS_MAX, "ms", "the longest of all kills"),
         at_most("failover.blocks_from_the_dead", got, 0, "blocks", "gets of a dead node's block that said OK"),
     ]
+    for bytes_, suffix in ((CAPACITY_BYTES, ""), (FULL_BYTES, ".full_arena")):
+        misses = [nan_if_none(row.first_miss_ms) for row in rows if row.victim_bytes == bytes_]
+        if misses:
+            what = f"until the miss, the longest of {len(misses)} kills, arena of {bytes_ >> 20} MiB"
+            claims.append(at_most(f"failover.first_get_of_dead{suffix}", max(misses), MISS_MS_MAX, "ms", what))
+    return claims
+
+
+def nan_if_none(value: float | None) -> float:
+    """For arithmetic on what may not have been measured."""
+    return float("nan") if value is None else value
 
 
 class Scene:
@@ -135,19 +155,21 @@ class Scene:
         self._buffer = bytearray(BLOCK_BYTES)
         self._victims = 0
 
-    def _start(self, name: str) -> AgentProcess:
-        return self._agents.start(name, capacity_bytes=CAPACITY_BYTES, transport=self._transport)
+    def _start(self, name: str, capacity_bytes: int = CAPACITY_BYTES) -> AgentProcess:
+        return self._agents.start(name, capacity_bytes=capacity_bytes, transport=self._transport)
 
     def _fill(self, cache: Cache, count: int) -> dict[bytes, bytes]:
         blocks = {self._rng.randbytes(32): self._rng.randbytes(BLOCK_BYTES) for _ in range(count)}
         put_all(cache, list(blocks), list(blocks.values()))
         return blocks
 
-    def kill_one(self) -> Kill:
-        """One round with a fresh victim."""
-        victim = self._start(f"victim{self._victims}")
+    def kill_one(self, *, full: bool = False) -> Kill:
+        """One round with a fresh victim, whose large arena is full of other blocks if asked for."""
+        victim = self._start(f"victim{self._victims}", FULL_BYTES if full else CAPACITY_BYTES)
         self._victims += 1
         client, cache = self._agents.open(victim, self._layout)
+        for _ in range(FULL_BYTES // BLOCK_BYTES // FILL_KEYS if full else 0):
+            self._fill(cache, FILL_KEYS)
         keys = list(self._fill(cache, VICTIM_KEYS))
         client.close()
         wait_remote(self._cache, keys)

@@ -86,6 +86,9 @@ def run(settings: Config, ready_fd: int | None = None) -> None:
             await stop.wait()
         finally:
             await daemon.stop()
+            for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not turn a clean end into a death
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
 
     uvloop.run(main())
 

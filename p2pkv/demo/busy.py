@@ -140,9 +140,7 @@ def _ask(url: str, prompt: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def busy_source(
-    *, transport: str, prompt_tokens: int, model_dir: Path, progress: Progress
-) -> Iterator[BusySource]:
+def busy_source(*, transport: str, prompt_tokens: int, model_dir: Path, progress: Progress) -> Iterator[BusySource]:
     """A new pair of agents and engines, pinned and warm.
 
     Raises:

@@ -160,6 +160,12 @@ class Movers:
             raise Busy("too many transfers at once", limit=TRANSFERS_MAX)
         return future
 
+    def cancel_receives(self) -> None:
+        """End every receive under way as cancelled; their futures follow when the I/O thread has let go of them."""
+        for job, transfer in self._transfers.items():
+            if transfer.on_blocks is not None:
+                self._receiver.cancel(job)
+
     async def copy(self, work: Work, items: Sequence[tuple[int, int, int]], *, deadline_s: float = -1.0) -> Copied:
         """Run (destination, source, length) items; small ones at once, others on the copy threads.
 

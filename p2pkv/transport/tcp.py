@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-from p2pkv.errors import Busy, P2PKVError, RemoteProtocolError, Unavailable
+from p2pkv.errors import Busy, P2PKVError, PeerUnavailable, RemoteProtocolError, Unavailable
 from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResult
 from p2pkv.transport.movers import Code, Moved, Movers, OnBlocks
 from p2pkv.types import Status
@@ -82,13 +82,19 @@ class TcpTransport:
         self._lease_ttl_s = lease_ttl_s
         self._idle: dict[int, deque[socket.socket]] = {}
         self._serving: set[_Serving] = set()
+        self._dialing: set[asyncio.Timeout] = set()
+        self._stopped = False
         self.bytes_served = 0
 
     async def start(self) -> None:
         """Nothing to make ready: connections are dialled when first needed."""
 
     async def stop(self) -> None:
-        """Close idle and served connections. Pulls in flight end when :meth:`Movers.stop` ends their transfers."""
+        """End pulls in flight, close idle and served connections."""
+        self._stopped = True
+        for dialing in self._dialing:
+            dialing.reschedule(0.0)
+        self._movers.cancel_receives()
         for node in list(self._idle):
             self.peer_gone(node)
         for serving in list(self._serving):
@@ -144,8 +150,8 @@ class TcpTransport:
             try:
                 if sock is None:
                     # A holder that stands still must not use up the time in which another one could be asked.
-                    dial_s = min(deadline - loop.time(), self._stall_s)
-                    sock = await self._open_data(request.node, max(0.001, dial_s))
+                    dial_s = max(0.001, min(deadline - loop.time(), self._stall_s))
+                    sock = await self._dial(request.node, dial_s)
                 moved = await self._exchange(request.node, sock, get, blocks, deadline - loop.time(), on_blocks)
             except Busy as error:
                 moved = Moved(Code.REFUSED, 0, CODEC.encode(PeerError("busy", str(error)))[HEADER.size :])
@@ -158,6 +164,17 @@ class TcpTransport:
             return moved.bytes_moved, ""
         statuses[reported:last] = [_STATUS_OF_CODE[moved.code]] * (last - reported)
         return moved.bytes_moved, _describe(moved)
+
+    async def _dial(self, node: int, deadline_s: float) -> socket.socket:
+        """A fresh data connection, or what keeps us from one; ended early by :meth:`stop`."""
+        if self._stopped:
+            raise PeerUnavailable("the transport is stopping")
+        async with asyncio.timeout(deadline_s + 1.0) as limit:
+            self._dialing.add(limit)
+            try:
+                return await self._open_data(node, deadline_s)
+            finally:
+                self._dialing.discard(limit)
 
     async def _exchange(
         self,

@@ -1,7 +1,7 @@
 """Two agents and two real vLLM replicas that all end-to-end tests share: a start costs a minute or more.
 
-A test takes the ``pair`` in working order and leaves it so, except the last: the one that kills an engine. The test that
-runs the whole demo comes first, while the pair is not there yet: a third replica would want memory for nothing.
+A test takes the ``pair`` in working order and leaves it so, except the last: the one that kills an engine. The test
+that runs the whole demo comes first, while the pair is not there yet: a third replica would want memory for nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from p2pkv.demo.busy import pinning
 from p2pkv.demo.cluster import Cluster, find_vllm_python, make_model
 from p2pkv.demo.run import transport_used, warm
 from p2pkv.errors import ConfigError
-from tests.e2e.pair import Pair, has_nixl, say
+from tests.e2e.pair import Pair, has_nixl, say, voice
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / ".cache" / "demo-model"
 ORDER = {"test_demo.py": 0, "test_busy_source.py": 2}  # all others in between
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let :func:`tests.e2e.pair.say` be heard."""
+    voice.capture = config.pluginmanager.getplugin("capturemanager")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from p2pkv.demo.cluster import CHUNK_TOKENS, AgentNode, Cluster, Replica
 from p2pkv.demo.measure import Completion, complete, prompt_of, scrape, total, wait_visible
 from p2pkv.demo.run import QUESTION_TOKENS
+
+if TYPE_CHECKING:
+    from _pytest.capture import CaptureManager
 
 SHORT_TOKENS = 4 * CHUNK_TOKENS
 """Of a prefix where its length does not matter: a second or two of one core."""
@@ -21,9 +27,21 @@ def has_nixl() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in ("nixl_cu12", "nixl_cu13", "nixl"))
 
 
+class _Voice:
+    """Where :func:`say` speaks: past pytest's capture, which would hold a line back until the test has failed."""
+
+    def __init__(self) -> None:
+        self.capture: CaptureManager | None = None  # conftest's pytest_configure finds it
+        self.lock = threading.Lock()  # who waits says so from a thread
+
+
+voice = _Voice()
+
+
 def say(text: str) -> None:
-    """A line that the log of a run shows, whether the test passes or fails (pytest's -s, or its report)."""
-    print(text, file=sys.stderr, flush=True)
+    """Show a line now: how far a long step is, or what was measured."""
+    with voice.lock, voice.capture.global_and_fixture_disabled() if voice.capture else contextlib.nullcontext():
+        print(text, file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,11 @@ class Demo:
     """``p2pkv demo`` in a process of its own. Everything that it starts inherits a mark in its environment."""
 
     def __init__(self, directory: Path, *arguments: str) -> None:
-        self._mark = f"P2PKV_E2E_MARK={uuid.uuid4().hex}"
-        name, _, value = self._mark.partition("=")
-        self._mark = self._mark.removeprefix("P2PKV_")  # p2pkv's own variables do not reach the children
+        self._mark = uuid.uuid4().hex
         self._errors = directory / "stderr"
         self._shm = set(SHM.iterdir())
         environment = {k: v for k, v in os.environ.items() if not k.startswith("P2PKV_")}
-        environment[name.removeprefix("P2PKV_")] = value
+        environment["E2E_MARK"] = self._mark
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "p2pkv.cli", "demo", *arguments],
@@ -86,17 +83,9 @@ class Demo:
         return {path for path in fresh if path.exists() and str(path) not in maps}
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """Where the demo's standard error goes."""
-    yield tmp_path
-
-
 @pytest.mark.timeout(600)
-def test_the_demo_keeps_its_promises_shows_its_cluster_and_leaves_nothing(model: Path, directory: Path) -> None:
-    demo = Demo(
-        directory, "--json", "--prompts", "1", "--transport", "tcp", "--model", str(model), "--keep"
-    )  # fmt: skip
+def test_the_demo_keeps_its_promises_shows_its_cluster_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    demo = Demo(tmp_path, "--json", "--prompts", "1", "--transport", "tcp", "--model", str(model), "--keep")
     try:
         demo.wait_for("Ctrl-C ends everything")
         running = demo.processes()
@@ -132,9 +121,9 @@ def test_the_demo_keeps_its_promises_shows_its_cluster_and_leaves_nothing(model:
     assert demo.left_in_shm() == set()
 
 
-@pytest.mark.timeout(60)
-def test_sigterm_during_the_start_ends_everything(model: Path, directory: Path) -> None:
-    demo = Demo(directory, "--json", "--prompts", "1", "--transport", "tcp", "--model", str(model))
+@pytest.mark.timeout(180)
+def test_sigterm_during_the_start_ends_everything(model: Path, tmp_path: Path) -> None:
+    demo = Demo(tmp_path, "--json", "--prompts", "1", "--transport", "tcp", "--model", str(model))
     try:
         demo.wait_for("vLLM is starting")
         assert len(demo.processes()) >= 4
@@ -149,12 +138,12 @@ def test_sigterm_during_the_start_ends_everything(model: Path, directory: Path) 
     assert demo.left_in_shm() == set()
 
 
-@pytest.mark.timeout(60)
-def test_a_replica_that_cannot_start_is_shown_with_its_log(model: Path, directory: Path) -> None:
-    empty = directory / "model"
+@pytest.mark.timeout(180)
+def test_a_replica_that_cannot_start_is_shown_with_its_log(model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "model"
     empty.mkdir()
     (empty / "model.safetensors").write_bytes(b"")
-    demo = Demo(directory, "--prompts", "1", "--transport", "tcp", "--model", str(empty))
+    demo = Demo(tmp_path, "--prompts", "1", "--transport", "tcp", "--model", str(empty))
     code, output = demo.end()
     assert (code, output) == (2, "")
     assert "ended with code" in demo.said() and "config.json" in demo.said(), demo.said()

@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_rejected_counted_once_and_computed_anew(pair: Pair) ->
 
 
 def test_wrong_bytes_would_have_changed_the_answer(pair: Pair) -> None:
-    """The control of the test above: zeros that were *stored* as a prompt's blocks prove true, and give other tokens."""
+    """The control of the test above: zeros that were *stored* as a prompt's blocks prove true, and tokens differ."""
     prompt = pair.prompt()
     layout, known = layout_of(pair)
     hashes = hashes_of_tokens(layout, prompt, block_tokens=None, lora="", cache_salt="")

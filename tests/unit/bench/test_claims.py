@@ -83,12 +83,23 @@ def _kill(during: float, miss: float, status: Status = Status.MISS) -> failover.
 
 def test_failover_claims_are_of_the_median_ratio_and_the_slowest_miss() -> None:
     kills = [_kill(1e-4, 0.01), _kill(1e-4, 0.2), _kill(9e-4, 0.01)]
-    claims = failover.claims_of([failover.row_of(n, kill) for n, kill in enumerate(kills)])
-    assert [(claim.value, claim.ok) for claim in claims] == [(1.0, True), (1.0, True), (200.0, False), (0.0, True)]
+    claims = failover.claims_of([failover.row_of(n, failover.CAPACITY_BYTES, kill) for n, kill in enumerate(kills)])
+    assert [(claim.value, claim.ok) for claim in claims] == [(1.0, True), (1.0, True), (0.0, True), (200.0, False)]
+
+
+def test_a_full_arena_has_a_claim_of_its_own() -> None:
+    rows = [
+        failover.row_of(0, failover.CAPACITY_BYTES, _kill(1e-4, 0.01)),
+        failover.row_of(1, failover.FULL_BYTES, _kill(9e-4, 0.3)),
+    ]
+    claims = {claim.id: (claim.value, claim.ok) for claim in failover.claims_of(rows)}
+    assert claims["failover.local_p99.during_over_before"] == (1.0, True)
+    assert claims["failover.first_get_of_dead"] == (10.0, True)
+    assert claims["failover.first_get_of_dead.full_arena"] == (300.0, False)
 
 
 def test_a_block_from_the_dead_is_never_right() -> None:
-    claims = failover.claims_of([failover.row_of(0, _kill(1e-4, 0.01, Status.OK))])
+    claims = failover.claims_of([failover.row_of(0, failover.CAPACITY_BYTES, _kill(1e-4, 0.01, Status.OK))])
     assert [claim.id for claim in claims if not claim.ok] == ["failover.blocks_from_the_dead"]
 
 

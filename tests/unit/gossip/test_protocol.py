@@ -225,7 +225,7 @@ def test_who_says_goodbye_is_dropped_at_once_and_not_dialed(bench: Any, card: An
     other = bench.hello(card(3, host="10.0.0.3"))
     bench.say(other, Advert(card(3, host="10.0.0.3")))
     bench.tick(1.0)
-    assert not any(isinstance(e, Dial) and e.address.host == "10.0.0.2" for e in bench.effects)
+    assert "10.0.0.2" not in bench.dialing
     bench.hello()  # that life does not come back
     assert isinstance(bench.sent()[0], PeerError) and bench.sent()[0].code == "stale"
     back = bench.hello(card(2, epoch=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pkv.gossip import streams
@@ -44,6 +44,7 @@ def entries_of(log: OwnershipLog) -> set[tuple[int, int]]:
     }
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1 << 32), changes=st.integers(1, 40), tail_bytes=st.sampled_from((0, 200, 1 << 20)))
 def test_readers_that_join_whenever_end_up_with_the_owners_set(seed: int, changes: int, tail_bytes: int) -> None:
     rng = random.Random(seed)
