@@ -62,6 +62,7 @@ class IoEngine:
         request: bytes,
         blocks: Sequence[tuple[int, int]],
         deadline_s: float,
+        first_byte_s: float,
         stall_s: float,
         partial_bytes: int,
     ) -> bool:
@@ -73,15 +74,18 @@ class IoEngine:
         fd: int,
         header: bytes,
         file: int,
+        mapping: int,
         runs: Sequence[tuple[int, int]],
         deadline_s: float,
         stall_s: float,
     ) -> bool:
-        """Send ``header`` and then (offset, length) runs of descriptor ``file``. False: nothing was started."""
+        """Send ``header`` and then (offset, length) runs of descriptor ``file``: by reference, or where ``mapping`` (its
+        address here) is not 0, by copying out of that. False: nothing was started."""
 
     def cancel(self, job: int) -> None: ...
-    def drain(self) -> list[tuple[int, bool, int, int, bytes, bytes, int, bytes]]:
-        """(job, final, code, first block, statuses, digests, payload bytes so far, detail) in order."""
+    def drain(self) -> list[tuple[int, bool, int, int, bytes, bytes, int, float, bytes]]:
+        """(job, final, code, first block, statuses, digests, payload bytes so far, seconds until the answer's first
+        byte, detail) in order."""
 
     def stop(self) -> None:
         """End every transfer as cancelled and join the thread."""

@@ -180,7 +180,7 @@ def parse_address(text: str, *, key: str = "address") -> tuple[str, int]:
         ConfigError: not an address.
     """
     host, separator, port = text.strip().rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65_536:
+    if not separator or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536:
         raise ConfigError(f"{key} is not host:port", value=text, hint='Examples: "10.0.0.5:7841", "[::1]:7841".')
     return host.removeprefix("[").removesuffix("]"), int(port)
 

@@ -167,7 +167,10 @@ class Agent:
             on_change=self._tell_card,
         )
         self.service.fetcher = Fetcher(
-            landing=self.service, holders=self.service.holders, transport=self.transports.pick
+            landing=self.service,
+            holders=self.service.holders,
+            transport=self.transports.pick,
+            heard_at=self._heard_at,
         )
         exits.push_async_callback(self.service.fetcher.stop)
         exits.push_async_callback(self.transports.stop)
@@ -218,6 +221,13 @@ class Agent:
     def _on_peer_change(self, peer: PeerView) -> None:
         if not peer.alive:
             self.transports.peer_gone(int(peer.node))
+
+    def _heard_at(self, node: int) -> float:
+        """When a peer was last heard from on its control connection."""
+        peer = self.network.peer(node)
+        if peer is None or peer.age_ms is None:
+            return float("-inf")
+        return time.monotonic() - peer.age_ms / 1000
 
     def request_stop(self) -> None:
         """Make :meth:`run` end; safe from a signal handler."""

@@ -47,7 +47,8 @@ from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, Frame, FrameDecoder
 
 log = logging.getLogger(__name__)
 
-RECV_BYTES: Final = 256 << 10
+RECV_BYTES: Final = 16 << 10
+"""CPython allocates this much for every receive; much more would be mapped and unmapped each time."""
 FDS_MAX: Final = 8
 SEND_QUEUE_BYTES_MAX: Final = 16 << 20
 """Answers that an engine does not read; beyond it the engine is disconnected."""

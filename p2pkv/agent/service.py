@@ -232,7 +232,7 @@ class CacheService:
         on_ready: Callable[[Ready], None],
         still_wanted: Callable[[], bool] = lambda: True,
     ) -> asyncio.Future[None] | None:
-        """Pull what :meth:`get_local` did not find; ``on_ready`` gets blocks as they are proven, misses as they are known.
+        """Pull what :meth:`get_local` did not find; ``on_ready`` gets what is settled, as it is settled.
 
         The last call has ``more`` False and comes before the returned future is done; ``None``: it has come already.
         ``still_wanted``: once it is False nothing more is held for the caller.

@@ -151,7 +151,8 @@ class Transports:
 
     def accept(self, sock: socket.socket, hello: Hello, leftover: bytes) -> None:
         """Serve a data connection."""
-        self.tcp.accept(sock, hello.card.node, leftover)
+        same_host = hello.card.host_id == self._network.card.host_id
+        self.tcp.accept(sock, hello.card.node, leftover, same_host=same_host)
 
     def peer_gone(self, node: int) -> None:
         """Drop what is kept for a peer that is unreachable or has left."""

@@ -24,7 +24,8 @@ from p2pkv.errors import AgentUnavailable, Busy, DeadlineExceeded, P2PKVError, R
 from p2pkv.wire.engine import CODEC, Attach, EngineError, Ready
 from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, FrameDecoder
 
-RECV_BYTES: Final = 256 << 10
+RECV_BYTES: Final = 16 << 10
+"""CPython allocates this much for every receive; much more would be mapped and unmapped each time."""
 IN_FLIGHT_MAX: Final = 256
 """Unanswered requests; the agent's own default bound is the same."""
 

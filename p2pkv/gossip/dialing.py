@@ -59,7 +59,7 @@ class DialBook:
 
     def seed(self, now: float, source: str, addresses: Iterable[Address]) -> None:
         """Replace what one discovery source names."""
-        named = set(addresses)
+        named = dict.fromkeys(addresses)  # in their order: a set's would differ from run to run
         for target in list(self._targets.values()):
             if source in target.sources and target.address not in named:
                 target.sources.discard(source)

@@ -20,6 +20,13 @@ std::mutex install_mutex;
 
 void on_sigbus(int signal_number, siginfo_t* info, void* context) {
     if (armed != nullptr) siglongjmp(*armed, 1);
+    // Pass it on once: who gets it may pass it back (Python's faulthandler restores the handler it found, perhaps ours).
+    static volatile std::sig_atomic_t passed_on = 0;
+    if (passed_on != 0) {
+        std::signal(SIGBUS, SIG_DFL);
+        return;
+    }
+    passed_on = 1;
     if ((previous.sa_flags & SA_SIGINFO) != 0 && previous.sa_sigaction != nullptr) {
         previous.sa_sigaction(signal_number, info, context);
     } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {

@@ -58,10 +58,18 @@ void IoEngine::arm_timer(Clock::time_point when) {
 bool IoEngine::submit(std::unique_ptr<Transfer> transfer) {
     const uint64_t job = transfer->job;
     const int fd = transfer->fd;
-    std::lock_guard lock(mutex_);
-    if (stopping_ || job >= kTimerJob || entries_.size() >= transfers_max_ || entries_.contains(job)) return false;
-    const Transfer::Want want = transfer->begin();
+    {
+        std::lock_guard lock(mutex_);
+        if (stopping_ || job >= kTimerJob || entries_.size() >= transfers_max_ || entries_.contains(job)) return false;
+    }
+    const Transfer::Want want = transfer->begin();  // outside the lock: it may copy, and others have transfers to step
     if (want == Transfer::Want::done) {
+        report(*transfer);
+        return true;
+    }
+    std::lock_guard lock(mutex_);
+    if (stopping_) {
+        transfer->code = Code::cancelled;
         report(*transfer);
         return true;
     }
@@ -163,7 +171,7 @@ void IoEngine::sweep() {
                 transfer.code = Code::cancelled;
             } else if (now >= transfer.limits.deadline) {
                 transfer.code = Code::timeout;
-            } else if (now >= transfer.last_progress + transfer.limits.stall) {
+            } else if (now >= transfer.stalls_at()) {
                 transfer.code = Code::stalled;
             } else {
                 next = std::min(next, transfer.next_check());

@@ -124,28 +124,29 @@ nb::tuple run_now(int work, const std::vector<Item>& items, double deadline_s) {
     return nb::make_tuple(to_bytes(ok), to_bytes(digests));
 }
 
-Limits to_limits(double deadline_s, double stall_s) {
-    return {Clock::now() + to_duration(deadline_s), to_duration(stall_s)};
+Limits to_limits(double deadline_s, double first_byte_s, double stall_s) {
+    return {Clock::now() + to_duration(deadline_s), to_duration(first_byte_s), to_duration(stall_s)};
 }
 
 bool submit_receive(IoEngine& engine, uint64_t job, int fd, nb::bytes request,
-                    const std::vector<std::pair<uintptr_t, uint32_t>>& blocks, double deadline_s, double stall_s,
-                    uint64_t partial_bytes) {
+                    const std::vector<std::pair<uintptr_t, uint32_t>>& blocks, double deadline_s, double first_byte_s,
+                    double stall_s, uint64_t partial_bytes) {
     std::vector<Destination> destinations;
     destinations.reserve(blocks.size());
     for (const auto& [address, length] : blocks) destinations.push_back({reinterpret_cast<unsigned char*>(address), length});
-    return engine.submit(std::make_unique<Receive>(job, fd, to_limits(deadline_s, stall_s),
+    return engine.submit(std::make_unique<Receive>(job, fd, to_limits(deadline_s, first_byte_s, stall_s),
                                                    std::string(request.c_str(), request.size()), std::move(destinations),
                                                    partial_bytes));
 }
 
-bool submit_send(IoEngine& engine, uint64_t job, int fd, nb::bytes header, int file,
+bool submit_send(IoEngine& engine, uint64_t job, int fd, nb::bytes header, int file, uintptr_t mapping,
                  const std::vector<std::pair<uint64_t, uint64_t>>& runs, double deadline_s, double stall_s) {
     std::vector<FileRun> list;
     list.reserve(runs.size());
     for (const auto& [offset, length] : runs) list.push_back({offset, length});
-    return engine.submit(std::make_unique<Send>(job, fd, to_limits(deadline_s, stall_s),
-                                                std::string(header.c_str(), header.size()), file, std::move(list)));
+    return engine.submit(std::make_unique<Send>(job, fd, to_limits(deadline_s, stall_s, stall_s),
+                                                std::string(header.c_str(), header.size()), file,
+                                                reinterpret_cast<const unsigned char*>(mapping), std::move(list)));
 }
 
 // A checksum taken piece by piece, as the pieces arrive.
@@ -165,6 +166,7 @@ class Hasher {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // what lives as long as the process is no leak, and nobody's business at its end
     m.attr("HASH_IMPLEMENTATION") = hash_ops().name;
     m.def("xxh3_128", xxh3_128, "data"_a);
     m.def("copy", copy, "dst"_a, "src"_a);
@@ -201,16 +203,18 @@ NB_MODULE(_native, m) {
         .def(nb::init<size_t>(), "transfers_max"_a)
         .def_prop_ro("fd", &IoEngine::fd)
         .def_prop_ro("active", &IoEngine::active)
-        .def("receive", submit_receive, "job"_a, "fd"_a, "request"_a, "blocks"_a, "deadline_s"_a, "stall_s"_a,
-             "partial_bytes"_a)
-        .def("send", submit_send, "job"_a, "fd"_a, "header"_a, "file"_a, "runs"_a, "deadline_s"_a, "stall_s"_a)
+        .def("receive", submit_receive, "job"_a, "fd"_a, "request"_a, "blocks"_a, "deadline_s"_a, "first_byte_s"_a,
+             "stall_s"_a, "partial_bytes"_a)
+        .def("send", submit_send, "job"_a, "fd"_a, "header"_a, "file"_a, "mapping"_a, "runs"_a, "deadline_s"_a,
+             "stall_s"_a)
         .def("cancel", &IoEngine::cancel, "job"_a)
         .def("drain",
              [](IoEngine& self) {
                  nb::list out;
                  for (auto& e : self.drain())
                      out.append(nb::make_tuple(e.job, e.final, static_cast<int>(e.code), e.first, to_bytes(e.statuses),
-                                               to_bytes(e.digests), e.bytes, nb::bytes(e.detail.data(), e.detail.size())));
+                                               to_bytes(e.digests), e.bytes, e.waited_s,
+                                               nb::bytes(e.detail.data(), e.detail.size())));
                  return out;
              })
         .def("stop", &IoEngine::stop, nb::call_guard<nb::gil_scoped_release>());

@@ -79,6 +79,8 @@ Transfer::Want Receive::read_control() {
         if (n < 0) return on_errno(Want::read);
         control_got_ += static_cast<size_t>(n);
         last_progress = Clock::now();
+        if (!begun) first_byte_at_ = last_progress;
+        begun = true;
     }
     return on_control();
 }
@@ -158,6 +160,7 @@ void Receive::report(IoEvent* event) {
     event->statuses.assign(statuses_.begin() + reported_, statuses_.begin() + block_);
     event->digests.assign(digests_.begin() + reported_, digests_.begin() + block_);
     event->bytes = bytes_;
+    event->waited_s = begun ? std::chrono::duration<double>(first_byte_at_ - started).count() : 0;
     reported_ = block_;
     unreported_ = 0;
 }
@@ -171,8 +174,11 @@ bool Receive::take_partial(IoEvent* event) {
 // Blocks from `block_` on did not arrive whole: they are not in the report, which says how far it goes.
 void Receive::fill_final(IoEvent* event) { report(event); }
 
-Send::Send(uint64_t job, int fd, Limits limits, std::string header, int file, std::vector<FileRun> runs)
-    : Transfer(job, fd, limits), header_(std::move(header)), file_(file), runs_(std::move(runs)) {}
+Send::Send(uint64_t job, int fd, Limits limits, std::string header, int file, const unsigned char* mapping,
+           std::vector<FileRun> runs)
+    : Transfer(job, fd, limits), header_(std::move(header)), file_(file), mapping_(mapping), runs_(std::move(runs)) {
+    begun = true;  // nothing is waited for but room in the socket
+}
 
 Transfer::Want Send::begin() { return send_up_to(kBeginBytes); }
 
@@ -197,9 +203,10 @@ Transfer::Want Send::send_up_to(uint64_t bytes) {
             continue;
         }
         if (turn >= bytes) return Want::write;
+        const size_t piece = std::min<uint64_t>({kSendfileBytes, bytes - turn, run.length - run_sent_});
         off_t offset = static_cast<off_t>(run.offset + run_sent_);
-        const ssize_t n = sendfile(fd, file_, &offset,
-                                   std::min<uint64_t>({kSendfileBytes, bytes - turn, run.length - run_sent_}));
+        const ssize_t n = mapping_ != nullptr ? send(fd, mapping_ + offset, piece, MSG_NOSIGNAL | MSG_DONTWAIT)
+                                              : sendfile(fd, file_, &offset, piece);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return on_errno(Want::write);
         if (n == 0) return fail(Code::protocol, "a run lies behind the end of the arena");

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Generic, Protocol, TypeVar
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ROUNDS_MAX: Final = 3
 """Times a block is tried, each time at holders that have not failed before."""
+
+SUSPECTS_MAX: Final = 4_096
 
 LATE_S: Final = 0.05
 """What a transport may take beyond the deadline to clean up before it is called late in the log."""
@@ -66,6 +69,9 @@ OnFetched = Callable[[int, Status], None]
 """(index into the asked hashes, OK when the block is in the local store now). Called once per hash."""
 
 
+_SILENT: Final = frozenset({Status.TIMEOUT, Status.UNREACHABLE})
+
+
 class FetchStats(msgspec.Struct):
     """Counters since the start."""
 
@@ -80,18 +86,47 @@ class FetchStats(msgspec.Struct):
 
 
 class Fetcher(Generic[P]):
-    """See the module's docstring. Runs on the event loop's thread."""
+    """See the module's docstring. Runs on the event loop's thread.
+
+    Args:
+        heard_at: when (on ``clock``) something was last heard from a node, apart from answers to pulls.
+        blocks_max: being pulled at once; more are answered BUSY.
+    """
 
     def __init__(
-        self, *, landing: Landing[P], holders: HoldersOf, transport: PickTransport, blocks_max: int = 65_536
+        self,
+        *,
+        landing: Landing[P],
+        holders: HoldersOf,
+        transport: PickTransport,
+        heard_at: Callable[[int], float],
+        clock: Callable[[], float] = time.monotonic,
+        blocks_max: int = 65_536,
     ) -> None:
         self._landing = landing
         self._holders = holders
         self._transport = transport
+        self._heard_at = heard_at
+        self._clock = clock
         self._blocks_max = blocks_max
+        self._suspects: dict[int, float] = {}
         self._flights: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.stats = FetchStats()
+
+    def suspect(self, node: int) -> None:
+        """A node did not answer at all: it is not asked again before it has been heard from."""
+        if len(self._suspects) < SUSPECTS_MAX:
+            self._suspects[node] = self._clock()
+
+    def silent_nodes(self) -> set[int]:
+        """Nodes that are not to be asked now."""
+        if not self._suspects:
+            return set()
+        for node, since in list(self._suspects.items()):
+            if self._heard_at(node) > since:
+                del self._suspects[node]
+        return set(self._suspects)
 
     @property
     def in_flight(self) -> int:
@@ -137,6 +172,7 @@ class _Fetch(Generic[P]):
         self._on_fetched = on_fetched
         self._left = dict.fromkeys(range(len(hashes)))  # an ordered set
         self._failed_nodes: set[int] = set()
+        self._worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
@@ -151,7 +187,7 @@ class _Fetch(Generic[P]):
                 await self._round(pulls, joined)
         finally:
             for i in list(self._left):
-                self._report(i, Status.TIMEOUT)
+                self._report(i, self._worst.get(i, Status.TIMEOUT))
 
     def _report(self, i: int, status: Status) -> None:
         if i in self._left:
@@ -175,9 +211,10 @@ class _Fetch(Generic[P]):
         if not wanted:
             return []
         holders = fetcher._holders(self._namespace, [self._hashes[i] for i in wanted])
-        runs, nobody = assign(holders, lambda node: 0.0, self._failed_nodes)
+        runs, nobody = assign(holders, lambda node: 0.0, self._failed_nodes | fetcher.silent_nodes())
         for position in nobody:
-            self._report(wanted[position], Status.MISS)
+            i = wanted[position]
+            self._report(i, self._worst.get(i, Status.MISS))
         pulls: list[_Pull[P]] = []
         for node, positions in runs.items():
             pull: _Pull[P] = _Pull(node)
@@ -271,6 +308,8 @@ class _Fetch(Generic[P]):
         if not bad:
             return
         self._failed_nodes.add(pull.node)
+        if not result.bytes_moved and any(status in _SILENT for status in bad):
+            self._fetcher.suspect(pull.node)
         stats.pulls_failed += 1
         stats.blocks_failed += len(bad)
         stats.blocks_rejected += sum(status is Status.REJECTED for status in bad)
@@ -291,6 +330,8 @@ class _Fetch(Generic[P]):
             flight.set_result(status)
         if status is Status.OK:
             self._report(i, status)
+        else:
+            self._worst[i] = status
 
 
 class _Pull(Generic[P]):

@@ -48,11 +48,15 @@ class Work(enum.IntEnum):
 
 
 class Moved(NamedTuple):
-    """End of a transfer. ``detail`` is text, or the owner's ERROR body where ``code`` is REFUSED."""
+    """End of a transfer. ``detail`` is text, or the owner's ERROR body where ``code`` is REFUSED.
+
+    ``waited_s``: until the first byte of the answer; 0 when there was none.
+    """
 
     code: Code
     bytes_moved: int
     detail: bytes
+    waited_s: float = 0.0
 
 
 class Copied(NamedTuple):
@@ -119,6 +123,7 @@ class Movers:
         blocks: Sequence[tuple[int, int]],
         *,
         deadline_s: float,
+        first_byte_s: float,
         stall_s: float,
         on_blocks: OnBlocks,
     ) -> Moved:
@@ -132,7 +137,9 @@ class Movers:
         job = next(self._ids)
         future: asyncio.Future[Moved] = asyncio.get_running_loop().create_future()
         self._transfers[job] = _Transfer(future, on_blocks)
-        if not self._receiver.receive(job, sock.fileno(), request, blocks, deadline_s, stall_s, self._partial_bytes):
+        if not self._receiver.receive(
+            job, sock.fileno(), request, blocks, deadline_s, first_byte_s, stall_s, self._partial_bytes
+        ):
             del self._transfers[job]
             raise Busy("too many transfers at once", limit=TRANSFERS_MAX)
         return await self._settle(self._receiver, job, future)
@@ -146,8 +153,9 @@ class Movers:
         *,
         deadline_s: float,
         stall_s: float,
+        mapping: int = 0,
     ) -> asyncio.Future[Moved]:
-        """Send ``header`` and (offset, length) runs of descriptor ``file``.
+        """Send ``header`` and (offset, length) runs of descriptor ``file``, or of its ``mapping`` at this address.
 
         Raises:
             Busy: too many transfers at once; nothing was sent.
@@ -155,7 +163,7 @@ class Movers:
         job = next(self._ids)
         future: asyncio.Future[Moved] = asyncio.get_running_loop().create_future()
         self._transfers[job] = _Transfer(future, None)
-        if not self._sender.send(job, sock.fileno(), header, file, runs, deadline_s, stall_s):
+        if not self._sender.send(job, sock.fileno(), header, file, mapping, runs, deadline_s, stall_s):
             del self._transfers[job]
             raise Busy("too many transfers at once", limit=TRANSFERS_MAX)
         return future
@@ -198,14 +206,14 @@ class Movers:
                 future.set_result(Copied(ok, digests))
 
     def _on_moved(self, engine: _native.IoEngine) -> None:
-        for job, final, code, first, statuses, digests, moved, detail in engine.drain():
+        for job, final, code, first, statuses, digests, moved, waited, detail in engine.drain():
             transfer = self._transfers[job]
             if statuses and transfer.on_blocks is not None:
                 transfer.on_blocks(first, statuses, digests)
             if final:
                 del self._transfers[job]
                 if not transfer.future.done():
-                    transfer.future.set_result(Moved(Code(code), moved, detail))
+                    transfer.future.set_result(Moved(Code(code), moved, detail, waited))
 
 
 async def _uncancelled(future: asyncio.Future[T]) -> T:

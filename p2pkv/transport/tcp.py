@@ -20,6 +20,7 @@ from typing import Final
 from p2pkv.errors import Busy, P2PKVError, PeerUnavailable, RemoteProtocolError, Unavailable
 from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResult
 from p2pkv.transport.movers import Code, Moved, Movers, OnBlocks
+from p2pkv.transport.patience import Patience
 from p2pkv.types import Status
 from p2pkv.wire.frame import FRAME_VERSION, HEADER, Frame, FrameDecoder
 from p2pkv.wire.peer import CODEC, GOT_RECORD, Get, PeerError, PeerType, Release
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 OpenData = Callable[[int, float], Awaitable[socket.socket]]
 """(node, deadline in seconds) -> a connected, non-blocking data connection that has been introduced."""
 
-RECV_BYTES: Final = 256 << 10
+RECV_BYTES: Final = 16 << 10
+"""CPython allocates this much for every receive; much more would be mapped and unmapped each time."""
 REQUEST_BYTES_MAX: Final = 2 << 20
 RELEASE_NOW: Final = CODEC.encode(Release(0))
 
@@ -80,6 +82,7 @@ class TcpTransport:
         self._idle_connections = idle_connections
         self._stall_s = stall_s
         self._lease_ttl_s = lease_ttl_s
+        self._patience = Patience(stall_s)
         self._idle: dict[int, deque[socket.socket]] = {}
         self._serving: set[_Serving] = set()
         self._dialing: set[asyncio.Timeout] = set()
@@ -102,6 +105,7 @@ class TcpTransport:
 
     def peer_gone(self, node: int) -> None:
         """Close the idle connections to a node."""
+        self._patience.forget(node)
         for sock in self._idle.pop(node, ()):
             sock.close()
 
@@ -188,8 +192,15 @@ class TcpTransport:
         reusable = False
         try:
             moved = await self._movers.receive(
-                sock, get, blocks, deadline_s=max(0.001, left_s), stall_s=self._stall_s, on_blocks=on_blocks
+                sock,
+                get,
+                blocks,
+                deadline_s=max(0.001, left_s),
+                first_byte_s=self._patience.of(node),
+                stall_s=self._stall_s,
+                on_blocks=on_blocks,
             )
+            self._patience.learn(node, moved.waited_s)
             reusable = moved.code is Code.OK
             return moved
         finally:
@@ -200,12 +211,7 @@ class TcpTransport:
 
     def _idle_connection(self, node: int) -> socket.socket | None:
         idle = self._idle.get(node)
-        while idle:
-            sock = idle.pop()
-            if _is_quiet(sock):
-                return sock
-            sock.close()
-        return None
+        return idle.pop() if idle else None
 
     def _give_back(self, node: int, sock: socket.socket) -> None:
         try:
@@ -220,9 +226,12 @@ class TcpTransport:
 
     # --- owner ---
 
-    def accept(self, sock: socket.socket, node: int, leftover: bytes = b"") -> None:
-        """Serve a data connection that ``node`` opened; takes the non-blocking socket over."""
-        _Serving(self, sock, node).start(leftover)
+    def accept(self, sock: socket.socket, node: int, leftover: bytes = b"", *, same_host: bool = False) -> None:
+        """Serve a data connection that ``node`` opened; takes the non-blocking socket over.
+
+        ``same_host``: the reader runs on this machine: blocks are copied into the socket, not sent by reference.
+        """
+        _Serving(self, sock, node, self._arena.base_address if same_host else 0).start(leftover)
 
 
 _STATUSES: Final = frozenset(Status)
@@ -231,8 +240,9 @@ _STATUSES: Final = frozenset(Status)
 class _Serving:
     """The owner's side of one data connection: one request at a time, one lease at a time."""
 
-    def __init__(self, transport: TcpTransport, sock: socket.socket, node: int) -> None:
+    def __init__(self, transport: TcpTransport, sock: socket.socket, node: int, mapping: int) -> None:
         self._transport = transport
+        self._mapping = mapping
         self._sock = sock
         self._node = node
         self._decoder = FrameDecoder(REQUEST_BYTES_MAX)
@@ -323,7 +333,13 @@ class _Serving:
         header = HEADER.pack(len(records), FRAME_VERSION, PeerType.GOT, 0, 0) + records
         try:
             self._sending = transport._movers.send(
-                self._sock, header, transport._arena.fd, runs, deadline_s=held.ttl_s, stall_s=held.ttl_s
+                self._sock,
+                header,
+                transport._arena.fd,
+                runs,
+                deadline_s=held.ttl_s,
+                stall_s=held.ttl_s,
+                mapping=self._mapping,
             )
         except Busy as error:
             self._release()
@@ -366,17 +382,6 @@ def split(lengths: Sequence[int], part_bytes: int, parts_max: int) -> list[tuple
     if first < len(lengths) or not runs:
         runs.append((first, len(lengths)))
     return runs
-
-
-def _is_quiet(sock: socket.socket) -> bool:
-    """Whether an idle connection is still open with nothing unread on it."""
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _describe(moved: Moved) -> str:

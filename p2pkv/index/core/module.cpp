@@ -146,6 +146,7 @@ nb::bytes index_keys(std::uint64_t namespace_, nb::sequence hashes) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // what lives as long as the process is no leak, and nobody's business at its end
   nb::exception<IndexFull>(m, "IndexFull", PyExc_RuntimeError);
 
   nb::class_<PrefixIndex>(m, "PrefixIndex")

@@ -104,12 +104,17 @@ def test_seeds_of_one_variable_are_separated_by_commas() -> None:
     assert config.peer.seeds == ("a:1", "[::1]:2")
 
 
+def as_text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def test_every_setting_can_be_given_as_variable_and_as_flag() -> None:
     for section in msgspec.structs.fields(Config):
         if isinstance(section.type, type) and issubclass(section.type, Section):
             for field in msgspec.structs.fields(section.type):
-                value = msgspec.to_builtins(field.default)
-                text = ",".join(value) if isinstance(value, list) else str(value).lower() if value is True or value is False else str(value)  # noqa: E501
+                text = as_text(field.default)
                 key = f"{section.name}.{field.name}"
                 assert load(environ={"P2PKV_" + key.replace(".", "_").upper(): text}) == Config(), key
                 assert load(environ=NOTHING, overrides=[(key, text)]) == Config(), key
@@ -124,7 +129,9 @@ def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e3", "1,5GiB", "1 GiB extra", "0x10", "ten", "1..5M", "25%", "NaN"])
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "-1", "1e3", "1,5GiB", "1 GiB extra", "0x10", "ten", "1..5M", "25%", "NaN"]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_size(text)

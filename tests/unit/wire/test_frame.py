@@ -19,9 +19,7 @@ from p2pkv.wire.frame import (
 )
 
 frames = st.lists(
-    st.tuples(
-        st.integers(0, 255), st.integers(0, 0xFFFF_FFFF), st.integers(0, 0xFFFF), st.binary(max_size=300)
-    ),
+    st.tuples(st.integers(0, 255), st.integers(0, 0xFFFF_FFFF), st.integers(0, 0xFFFF), st.binary(max_size=300)),
     max_size=8,
 )
 

@@ -81,7 +81,7 @@ def through_the_wire(codec: Codec, message: msgspec.Struct, request_id: int) -> 
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(data=st.data(), request_id=u32)
 def test_what_is_encoded_is_what_is_decoded(name: str, data: st.DataObject, request_id: int) -> None:
     message = data.draw(st.one_of(MESSAGES[name]))
@@ -94,7 +94,7 @@ def test_every_message_of_the_set_is_tried_above(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(message_type=u8, body=st.binary(max_size=200))
 def test_random_bodies_are_messages_or_a_remote_protocol_error(name: str, message_type: int, body: bytes) -> None:
     try:
@@ -104,14 +104,19 @@ def test_random_bodies_are_messages_or_a_remote_protocol_error(name: str, messag
 
 
 json_like = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5) | st.binary(max_size=80),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=80),
     lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=12,
 )
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(data=st.data(), fields=st.lists(json_like, max_size=9))
 def test_lawful_msgpack_of_the_wrong_shape_is_a_message_or_a_remote_protocol_error(
     name: str, data: st.DataObject, fields: list[object]
@@ -125,7 +130,7 @@ def test_lawful_msgpack_of_the_wrong_shape_is_a_message_or_a_remote_protocol_err
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_a_message_with_its_end_cut_off_is_a_remote_protocol_error(name: str, data: st.DataObject) -> None:
     message = data.draw(st.one_of(MESSAGES[name]))
