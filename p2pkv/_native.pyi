@@ -79,8 +79,8 @@ class IoEngine:
         deadline_s: float,
         stall_s: float,
     ) -> bool:
-        """Send ``header`` and then (offset, length) runs of descriptor ``file``: by reference, or where ``mapping`` (its
-        address here) is not 0, by copying out of that. False: nothing was started."""
+        """Send ``header`` and then (offset, length) runs of descriptor ``file``: by reference, or (``mapping``: its
+        address here, not 0) by copying. False: nothing was started."""
 
     def cancel(self, job: int) -> None: ...
     def drain(self) -> list[tuple[int, bool, int, int, bytes, bytes, int, float, bytes]]:

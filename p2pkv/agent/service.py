@@ -276,7 +276,8 @@ class CacheService:
                 self.stats.bytes_peer += block.length
             else:
                 self.stats.misses += 1
-                status = Status.BUSY if status is Status.OK else status  # it came, and had to go again
+                if status is Status.OK or self.store.lookup(namespace, keys[i]) is not None:
+                    status = Status.BUSY  # it came and had to go again, or this engine may hold no more at once
             ready.indices.append(i)
             ready.statuses.append(status)
             ready.sources.append(Source.NONE if block is None else Source.PEER)
@@ -330,6 +331,9 @@ class CacheService:
                 self.store.abort(place)
             self.store.touch(namespace, keys, self._clock())  # so that of the chain the tail is evicted first
             self._publish()
+        for i, status in enumerate(statuses):
+            if status is Status.BUSY and self.store.lookup(namespace, keys[i]) is not None:
+                statuses[i] = Status.EXISTS  # whoever was writing it (this very request, when it names it twice) is done
         counts = Counter(statuses)
         self.stats.stored += counts[Status.OK]
         self.stats.stored_again += counts[Status.EXISTS]

@@ -100,6 +100,10 @@ class Connection:
                     raise AgentUnavailable("the agent refuses this client", socket=path, reason=reason)
         except TimeoutError as error:
             raise AgentUnavailable("the agent does not answer", socket=path) from error
+        except RemoteProtocolError as error:
+            raise AgentUnavailable(
+                "what listens on the socket is no agent of this version", socket=path, reason=error.message
+            ) from error
         except OSError as error:
             raise AgentUnavailable(
                 "no agent listens on the socket",

@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -110,8 +110,16 @@ class Child:
         if self._group_killed:
             return
         self._group_killed = True
+        shared = shared_memory({pid for pid in running() if group_of(pid) == self._process.pid})
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        if shared:  # what they would have removed themselves, had they ended in their own time
+            deadline = time.monotonic() + STOP_S
+            while any(group_of(pid) == self._process.pid for pid in running()) and time.monotonic() < deadline:
+                self._process.poll()
+                time.sleep(0.01)
+            for path in shared - shared_memory(running()):
+                path.unlink(missing_ok=True)
 
     def tail(self) -> str:
         """The last lines of its log, after the last ones before them that name an error."""
@@ -153,6 +161,32 @@ def free_ports(count: int) -> list[int]:
     finally:
         for sock in sockets:
             sock.close()
+
+
+def running(proc: Path = Path("/proc")) -> set[int]:
+    """Ids of all processes that this one can see."""
+    return {int(entry.name) for entry in proc.iterdir() if entry.name.isdigit()}
+
+
+def group_of(pid: int, proc: Path = Path("/proc")) -> int | None:
+    """The process group of a process that lives; None if it is gone, or is dead and only waits to be reaped."""
+    try:
+        state, _, group = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[:3]
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else int(group)
+
+
+def shared_memory(pids: Iterable[int], proc: Path = Path("/proc")) -> set[Path]:
+    """Files of /dev/shm that these processes have mapped; of others' processes nothing is known."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in (proc / str(pid) / "maps").read_text(errors="replace").splitlines():
+                _, mark, name = line.partition(" /dev/shm/")
+                if mark and not name.endswith(" (deleted)"):
+                    found.add(Path("/dev/shm") / name)
+    return found
 
 
 def cpu_seconds(pid: int, proc: Path = Path("/proc")) -> float:

@@ -92,6 +92,9 @@ def run_demo(
                 with working(progress, f"prompt {number}: pulled to {name_of(i)}"):
                     runs.append(measure_run(number, "pulled", name_of(i), with_p2pkv[i], agents[i], text))
         outcome = judge(runs, prompt_tokens, asked=transport, used=transport_used(agents[1]))
+        if not outcome.ok:  # the logs go away with the cluster
+            for name, tail in cluster.logs():
+                progress(f"the end of the log of {name}:\n{tail}")
         if keep is not None:
             keep(cluster, outcome)
     return outcome

@@ -233,6 +233,8 @@ class _Fetch(Generic[P]):
         place = fetcher._landing.reserve(self._namespace, self._hashes[i])
         if place is Status.EXISTS:
             self._report(i, Status.OK)
+        elif place is Status.BUSY and (self._namespace, self._hashes[i]) in fetcher._flights:
+            pass  # named twice: the next round finds it here, or joins its flight
         elif isinstance(place, Status):
             self._report(i, place)
         else:

@@ -1,8 +1,9 @@
 """How long to wait for a peer's first byte before it counts as dead. Pure.
 
 A process that is killed keeps its sockets open until its memory has been taken down: 0.2 s for each GiB of arena,
-during which it looks alive to TCP. An owner that lives answers in well under a millisecond. So the wait is a multiple of the
-slowest recent answer, with a floor that a loaded but living peer stays under, and a ceiling for peers that are unknown.
+during which it looks alive to TCP. An owner that lives answers in well under a millisecond. So the wait is a multiple
+of the slowest recent answer, with a floor that a loaded but living peer stays under, and a ceiling for peers that are
+unknown.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class Advert(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """One part of an owner's log at (epoch, seq). ``checksum`` is the whole set's. Keys are packed little-endian u64."""
+    """A part of an owner's log at (epoch, seq). ``checksum`` is the whole set's; keys are packed little-endian u64."""
 
     epoch: U32
     seq: U64

@@ -54,8 +54,8 @@ class Source:
         self.on_pin(blocks)
         return Held(pinned.lease_id, pinned.ttl_s, blocks)
 
-    def release(self, lease: int) -> bool:
-        return self.store.release(lease, time.monotonic())
+    def release(self, lease: int, holder: int) -> bool:
+        return self.store.release(lease, time.monotonic(), ("peer", holder))
 
     @property
     def leases(self) -> int:

@@ -1,0 +1,294 @@
+"""The fetcher over a made-up store and made-up transports: every block is reported once, in time, and no slot is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2pkv.transport.base import PullRequest, PullResult
+from p2pkv.transport.fetch import ROUNDS_MAX, Fetcher
+from p2pkv.transport.plan import assign
+from p2pkv.types import Status
+
+NS = 7
+LENGTH = 10
+
+
+@dataclass
+class Slot:
+    key: bytes
+    offset: int
+    length: int = LENGTH
+    end: str = ""  # "committed", "aborted" or "quarantined", once
+
+
+class Landing:
+    """A store of a few slots."""
+
+    def __init__(self, room: int = 1000) -> None:
+        self.room = room
+        self.here: dict[bytes, bytes] = {}
+        self.writing: dict[bytes, Slot] = {}
+        self.slots: list[Slot] = []
+        self.tokens: list[object] = []
+        self._offsets = itertools.count(0, LENGTH)
+
+    def reserve(self, namespace: int, key: bytes) -> Slot | Status:
+        assert namespace == NS
+        if key in self.here:
+            return Status.EXISTS
+        if key in self.writing:
+            return Status.BUSY
+        if len(self.here) + len(self.writing) >= self.room:
+            return Status.NO_SPACE
+        slot = self.writing[key] = Slot(key, next(self._offsets))
+        self.slots.append(slot)
+        return slot
+
+    def _end(self, place: Slot, how: str) -> None:
+        assert not place.end, f"{place} ends twice"
+        place.end = how
+        del self.writing[place.key]
+
+    def commit(self, place: Slot, checksum: bytes) -> None:
+        self._end(place, "committed")
+        self.here[place.key] = checksum
+
+    def abort(self, place: Slot) -> None:
+        self._end(place, "aborted")
+
+    def quarantine(self, place: Slot, token: tuple[str, int]) -> None:
+        self._end(place, "quarantined")
+        self.tokens.append(token)
+
+
+Behaviour = Callable[[PullRequest], Awaitable[PullResult]]
+
+
+@dataclass
+class Peer:
+    """A transport to one node that does what the test says."""
+
+    behaviour: Behaviour
+    asked: list[list[bytes]] = field(default_factory=list)
+    name: str = "made-up"
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    def peer_gone(self, node: int) -> None: ...
+
+    async def pull(self, request: PullRequest) -> PullResult:
+        self.asked.append(list(request.hashes))
+        return await self.behaviour(request)
+
+
+def gives(statuses: Callable[[bytes], Status] = lambda _: Status.OK, after_s: float = 0.0, unsafe: bool = False) -> Behaviour:
+    """A peer that answers per key, perhaps later."""
+
+    async def pull(request: PullRequest) -> PullResult:
+        if after_s:
+            await asyncio.sleep(min(after_s, request.deadline_s))
+            if after_s > request.deadline_s:
+                return PullResult([Status.TIMEOUT] * len(request.hashes), 0, "late")
+        out = []
+        for i, key in enumerate(request.hashes):
+            out.append(statuses(key))
+            if out[-1] in (Status.OK, Status.REJECTED):
+                request.on_block(i, out[-1], b"c" + key)
+        bad = frozenset(i for i, status in enumerate(out) if status is not Status.OK)
+        return PullResult(out, 0, "some reason", bad if unsafe else frozenset(), 77)
+
+    return pull
+
+
+class Bench:
+    """A fetcher with peers 1, 2, ..; ``held`` says per key who has it."""
+
+    def __init__(self, *behaviours: Behaviour, held: dict[bytes, list[int]] | None = None, room: int = 1000) -> None:
+        self.landing = Landing(room)
+        self.peers = {node: Peer(behaviour) for node, behaviour in enumerate(behaviours, start=1)}
+        self.held = held
+        self.fetcher: Fetcher[Slot] = Fetcher(
+            landing=self.landing, holders=self._holders, transport=lambda node: self.peers[node]
+        )
+
+    def _holders(self, namespace: int, hashes: Sequence[bytes]) -> list[list[int]]:
+        return [list(self.peers) if self.held is None else self.held.get(key, []) for key in hashes]
+
+    async def fetch(self, keys: list[bytes], deadline_s: float = 5.0) -> list[Status]:
+        reported: dict[int, Status] = {}
+
+        def on_fetched(i: int, status: Status) -> None:
+            assert i not in reported, "reported twice"
+            reported[i] = status
+
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        await self.fetcher.fetch(NS, keys, deadline_s, on_fetched)
+        assert loop.time() - started < deadline_s + 0.5
+        return [reported[i] for i in range(len(keys))]
+
+    def tidy(self) -> bool:
+        """No slot is left open and no flight in the air."""
+        return not self.landing.writing and self.fetcher.in_flight == 0 and all(s.end for s in self.landing.slots)
+
+
+KEYS = [bytes([i]) * 8 for i in range(6)]
+
+
+async def test_what_a_peer_has_is_here_afterwards() -> None:
+    bench = Bench(gives())
+    assert await bench.fetch(KEYS) == [Status.OK] * 6
+    assert bench.landing.here == {key: b"c" + key for key in KEYS}
+    assert bench.tidy() and bench.fetcher.stats.blocks_pulled == 6
+
+
+async def test_what_nobody_has_is_a_miss_and_costs_no_slot() -> None:
+    bench = Bench(gives(), held={KEYS[0]: [1]})
+    assert await bench.fetch(KEYS[:3]) == [Status.OK, Status.MISS, Status.MISS]
+    assert len(bench.landing.slots) == 1 and bench.tidy()
+
+
+async def test_what_is_here_already_is_not_asked_for() -> None:
+    bench = Bench(gives())
+    bench.landing.here[KEYS[0]] = b"x"
+    assert await bench.fetch(KEYS[:2]) == [Status.OK, Status.OK]
+    assert bench.peers[1].asked == [[KEYS[1]]]
+
+
+@pytest.mark.parametrize("bad", [Status.MISS, Status.REJECTED, Status.TIMEOUT, Status.UNREACHABLE, Status.BUSY, Status.INVALID])
+async def test_the_next_holder_is_asked_for_what_the_first_one_did_not_give(bad: Status) -> None:
+    bench = Bench(gives(lambda key: bad if key in KEYS[2:4] else Status.OK), gives())
+    assert await bench.fetch(KEYS) == [Status.OK] * 6
+    assert bench.peers[2].asked == [KEYS[2:4]]
+    assert bench.fetcher.stats.blocks_rejected == (2 if bad is Status.REJECTED else 0)
+    assert bench.tidy()
+
+
+async def test_a_holder_that_failed_is_not_asked_again() -> None:
+    bench = Bench(gives(lambda _: Status.UNREACHABLE))
+    assert await bench.fetch(KEYS) == [Status.MISS] * 6
+    assert len(bench.peers[1].asked) == 1 and bench.tidy()
+
+
+async def test_only_so_many_holders_are_tried() -> None:
+    bench = Bench(*[gives(lambda _: Status.MISS)] * 6)
+    assert Status.OK not in await bench.fetch(KEYS[:1])
+    assert sum(len(peer.asked) for peer in bench.peers.values()) == ROUNDS_MAX
+
+
+async def test_slots_that_may_still_be_written_to_are_quarantined_under_the_transports_token() -> None:
+    bench = Bench(gives(lambda key: Status.OK if key == KEYS[0] else Status.TIMEOUT, unsafe=True))
+    statuses = await bench.fetch(KEYS[:3])
+    assert statuses[0] is Status.OK and Status.OK not in statuses[1:]
+    assert [slot.end for slot in bench.landing.slots] == ["committed", "quarantined", "quarantined"]
+    assert set(bench.landing.tokens) == {("made-up", 77)}
+
+
+async def test_a_full_store_is_no_space_for_what_does_not_fit() -> None:
+    bench = Bench(gives(), room=4)
+    assert sorted(await bench.fetch(KEYS)) == [Status.OK] * 4 + [Status.NO_SPACE] * 2
+
+
+async def test_a_block_that_somebody_else_is_writing_is_busy() -> None:
+    bench = Bench(gives())
+    bench.landing.reserve(NS, KEYS[0])
+    assert await bench.fetch(KEYS[:2]) == [Status.BUSY, Status.OK]
+
+
+async def test_a_slow_peer_costs_no_more_than_the_deadline() -> None:
+    bench = Bench(gives(after_s=60))
+    statuses = await bench.fetch(KEYS, deadline_s=0.1)
+    assert Status.OK not in statuses and bench.tidy()
+
+
+async def test_whoever_asks_for_the_same_block_meanwhile_joins_the_pull() -> None:
+    bench = Bench(gives(after_s=0.05))
+    answers = await asyncio.gather(*(bench.fetch(KEYS) for _ in range(5)))
+    assert answers == [[Status.OK] * 6] * 5
+    assert len(bench.peers[1].asked) == 1 and bench.tidy()
+
+
+async def test_who_joined_a_pull_that_fails_tries_for_itself() -> None:
+    first = True
+
+    async def once_badly(request: PullRequest) -> PullResult:
+        nonlocal first
+        await asyncio.sleep(0.02)
+        if first:
+            first = False
+            return PullResult([Status.UNREACHABLE] * len(request.hashes), 0)
+        return await gives()(request)
+
+    bench = Bench(once_badly)
+    mine, joined = await asyncio.gather(bench.fetch(KEYS[:1]), bench.fetch(KEYS[:1]))
+    assert mine == [Status.MISS] and joined == [Status.OK]
+
+
+async def test_who_joined_a_slow_pull_does_not_wait_longer_than_its_own_deadline() -> None:
+    bench = Bench(gives(after_s=0.6))
+    patient = asyncio.ensure_future(bench.fetch(KEYS[:1], 5.0))
+    await asyncio.sleep(0)
+    assert await bench.fetch(KEYS[:1], 0.05) == [Status.TIMEOUT]
+    assert await patient == [Status.OK]
+
+
+async def test_a_key_that_is_named_twice_is_pulled_once_and_reported_twice() -> None:
+    bench = Bench(gives())
+    assert await bench.fetch([KEYS[0], KEYS[1], KEYS[0]]) == [Status.OK] * 3
+    assert bench.peers[1].asked == [KEYS[:2]] and bench.tidy()
+
+
+async def test_a_transport_with_a_bug_loses_no_slot_and_no_report() -> None:
+    async def broken(_: PullRequest) -> PullResult:
+        raise RuntimeError("a bug")
+
+    bench = Bench(broken)
+    reported: list[Status] = []
+    task = bench.fetcher.fetch(NS, KEYS, 1.0, lambda _, status: reported.append(status))
+    await asyncio.wait([task])
+    assert len(reported) == 6 and Status.OK not in reported
+    assert bench.tidy()
+    with pytest.raises(RuntimeError):
+        task.result()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_peers_do_every_block_is_reported_once_and_every_slot_is_closed(data: st.DataObject) -> None:
+    outcomes = st.sampled_from([s for s in Status if s is not Status.EXISTS])
+    tables = [
+        {key: data.draw(outcomes) for key in KEYS} for _ in range(data.draw(st.integers(1, 4), label="peers"))
+    ]
+    held = {key: data.draw(st.lists(st.integers(1, len(tables)), unique=True)) for key in KEYS}
+    keys = data.draw(st.lists(st.sampled_from(KEYS), max_size=8))
+    here = data.draw(st.sets(st.sampled_from(KEYS)))
+
+    async def run() -> None:
+        bench = Bench(*(gives(table.__getitem__, unsafe=True) for table in tables), held=held)
+        bench.landing.here = dict.fromkeys(here, b"")
+        statuses = await bench.fetch(keys)
+        for key, status in zip(keys, statuses, strict=True):
+            assert (status is Status.OK) == (key in bench.landing.here)
+            if key in here:
+                assert status is Status.OK or not held[key]
+        assert bench.tidy()
+
+    asyncio.run(run())
+
+
+@given(st.lists(st.lists(st.integers(1, 5), unique=True), max_size=30), st.sets(st.integers(1, 5)))
+def test_a_plan_names_every_position_once_and_only_holders(holders: list[list[int]], excluded: set[int]) -> None:
+    runs, nobody = assign(holders, lambda node: float(node % 3), excluded)
+    positions = sorted([*nobody, *itertools.chain.from_iterable(runs.values())])
+    assert positions == list(range(len(holders)))
+    for node, some in runs.items():
+        assert node not in excluded and some == sorted(some)
+        assert all(node in holders[position] for position in some)
+    assert all(set(holders[position]) <= excluded for position in nobody)
