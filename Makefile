@@ -163,6 +163,7 @@ bench: setup nixl-if-there ## measure everything; BENCHES="fetch" BENCH_ARGS="--
 	@for name in $(BENCHES); do \
 	  $(BIN)/p2pkv bench $$name --json $(BENCH_ARGS) | tee results/$$name.json; \
 	done
+	@case "$(BENCH_ARGS)" in *--quick*) ;; *) $(BIN)/python scripts/write_benchmarks.py ;; esac
 
 # ---------------------------------------------------------------------------------------------------------- maintenance
 

@@ -333,7 +333,7 @@ class CacheService:
             self._publish()
         for i, status in enumerate(statuses):
             if status is Status.BUSY and self.store.lookup(namespace, keys[i]) is not None:
-                statuses[i] = Status.EXISTS  # whoever was writing it (this very request, when it names it twice) is done
+                statuses[i] = Status.EXISTS  # whoever was writing it is done (this request, if it names it twice)
         counts = Counter(statuses)
         self.stats.stored += counts[Status.OK]
         self.stats.stored_again += counts[Status.EXISTS]

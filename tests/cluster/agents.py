@@ -1,11 +1,12 @@
-"""Real agents for tests: ``p2pkv agent`` processes on ports of the kernel's choice, told apart by nothing but their pid.
+"""Real agents for tests: ``p2pkv agent`` processes on ports of the kernel's choice, told apart by nothing but
+their pid.
 
     with Cluster() as cluster:
         a, b = cluster.start(2)
         cluster.connected()
         a.kill()
 
-Every process is ended by its id and reaped, whatever state it was left in (stopped, draining, dead), with its NIXL child.
+Every process is ended by its id and reaped, with its NIXL child, whatever state it was left in.
 Nothing here sleeps in order to wait for something: :func:`eventually` polls with a deadline.
 """
 

@@ -1,4 +1,6 @@
-"""Blocks whose bytes follow from their key, so that whoever reads one can tell every wrong byte without a copy of it."""
+"""Blocks whose bytes follow from their key, so that whoever reads one can tell every wrong byte without a copy
+of it.
+"""
 
 from __future__ import annotations
 

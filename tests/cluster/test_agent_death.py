@@ -1,4 +1,6 @@
-"""The agent dies, stands still or is restarted under its engine: typed answers in time, nothing wrong, and on it goes."""
+"""The agent dies, stands still or is restarted under its engine: typed answers in time, nothing wrong, and on
+it goes.
+"""
 
 from __future__ import annotations
 

@@ -85,9 +85,18 @@ def random_bytes(_: int) -> bytes:
 
 
 NONSENSE = [
-    wrong_version, oversized, just_too_large, garbage_body, empty_body, too_few_fields, wrong_types, nested, unknown_type,
-    not_frames_at_all, random_bytes,
-]  # fmt: skip
+    wrong_version,
+    oversized,
+    just_too_large,
+    garbage_body,
+    empty_body,
+    too_few_fields,
+    wrong_types,
+    nested,
+    unknown_type,
+    not_frames_at_all,
+    random_bytes,
+]
 
 PLACES: dict[str, tuple[Callable[[AgentProcess], RawConnection], int]] = {
     "peer port": (peer_connection, peer.PeerType.HELLO),

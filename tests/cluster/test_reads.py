@@ -89,7 +89,9 @@ def test_two_threads_that_put_the_same_block_write_it_once(pair: list[AgentProce
     keys = new_keys(4)
     answers: list[list[bool]] = []
     threads = [
-        threading.Thread(target=lambda c=cache: answers.append(c.put(keys, blocks_of(keys, 4 << 20), deadline_ms=10_000)))  # type: ignore[misc]
+        threading.Thread(
+            target=lambda c=cache: answers.append(c.put(keys, blocks_of(keys, 4 << 20), deadline_ms=10_000))
+        )  # type: ignore[misc]
         for cache in caches
     ]
     for thread in threads:
@@ -115,6 +117,17 @@ def test_more_local_blocks_than_one_engine_may_hold_at_once_are_still_no_misses(
     assert set(statuses) <= {Status.OK, Status.BUSY}, "what is here is no miss"
     for key, status, content in zip(keys, statuses, out, strict=True):
         assert status is not Status.OK or content == block_of(key, 1 << 20)
+
+
+def test_an_impatient_get_costs_nobody_else_anything(pair: list[AgentProcess]) -> None:
+    """That one caller's millisecond was too short says nothing about the peer."""
+    reader, keys = shared(pair, 30)
+    for first in range(0, 20, 2):
+        reader.get_into(keys[first : first + 2], [bytearray(BLOCK) for _ in range(2)], deadline_ms=1)
+    rest = keys[20:]
+    out = [bytearray(BLOCK) for _ in rest]
+    assert reader.get_into(rest, out, deadline_ms=5_000) == [True] * 10
+    assert out == blocks_of(rest, BLOCK)
 
 
 def test_both_agents_read_each_other_at_the_same_time(pair: list[AgentProcess]) -> None:

@@ -1,4 +1,5 @@
-"""Issue 2, done when 6: reads while the owner keeps evicting and reusing slots give no wrong byte, and what keeps it so.
+"""Issue 2, done when 6: reads while the owner keeps evicting and reusing slots give no wrong byte, and what
+keeps it so.
 
 The mutation tests hold a read up between the owner's pin and the bytes' journey, and reuse every slot of the owner
 meanwhile. With both guards the bytes are right; without the lease's hold the checksum rejects them; without either

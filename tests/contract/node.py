@@ -36,7 +36,7 @@ UCX_OVER_TCP = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
 
 
 class Source:
-    """What the transport serves from. ``busy``: refuse. ``on_pin``: called with every lease's blocks before the answer."""
+    """What the transport serves from. ``busy``: refuse. ``on_pin``: gets every lease's blocks."""
 
     def __init__(self, store: DramStore) -> None:
         self.store = store

@@ -1,4 +1,6 @@
-"""The contract when the owner dies, stands still, or the wire lies: real processes, signals, and a proxy that tampers."""
+"""The contract when the owner dies, stands still, or the wire lies: real processes, signals, and a proxy that
+tampers.
+"""
 
 from __future__ import annotations
 

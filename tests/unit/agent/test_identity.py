@@ -40,9 +40,20 @@ def test_two_agents_cannot_be_the_same_node(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"null", b"[]", b'{"node": 1, "epoch": 1}', b'{"node": "xyz", "epoch": 1}', b'{"node": "0", "epoch": 1}',
-     b'{"node": "-1", "epoch": 1}', b'{"node": "11112222333344445", "epoch": 1}', b'{"node": "1"}', b"\xff\xfe"],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'{"node": 1, "epoch": 1}',
+        b'{"node": "xyz", "epoch": 1}',
+        b'{"node": "0", "epoch": 1}',
+        b'{"node": "-1", "epoch": 1}',
+        b'{"node": "11112222333344445", "epoch": 1}',
+        b'{"node": "1"}',
+        b"\xff\xfe",
+    ],
+)
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "identity.json").write_bytes(content)
     for _ in range(2):

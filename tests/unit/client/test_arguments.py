@@ -52,9 +52,21 @@ def good() -> bytearray:
         ([KEY], ["x" * BLOCK]),
         ([KEY] * (KEYS_MAX + 1), [good()] * (KEYS_MAX + 1)),
     ],
-    ids=["no buffer", "too many", "short key", "long key", "empty key", "short", "long", "strided", "transposed", "none",
-         "str", "too many keys"],
-)  # fmt: skip
+    ids=[
+        "no buffer",
+        "too many",
+        "short key",
+        "long key",
+        "empty key",
+        "short",
+        "long",
+        "strided",
+        "transposed",
+        "none",
+        "str",
+        "too many keys",
+    ],
+)
 def test_what_can_never_work_is_refused(cache: Cache, keys: list[bytes], buffers: list[object]) -> None:
     with pytest.raises(InvalidArgument):
         cache.put(keys, buffers)
@@ -115,7 +127,10 @@ def test_an_agent_that_never_answers_costs_the_deadline_and_no_more(silent: str)
             assert time.monotonic() - started < deadline_ms / 1000 + 0.5
 
 
-@pytest.mark.parametrize("answer", [b"", b"\x00" * 4096, b"HTTP/1.1 200 OK\r\n\r\n", b"\x01\0\0\0\x01\x41\0\0\x01\0\0\0\x90"])
+ANSWERS = [b"", b"\x00" * 4096, b"HTTP/1.1 200 OK\r\n\r\n", b"\x01\0\0\0\x01\x41\0\0\x01\0\0\0\x90"]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
 def test_an_agent_that_is_none_is_unavailable(tmp_path: Path, answer: bytes) -> None:
     """Whatever listens there: a typed error in time, no descriptor left behind."""
     import threading

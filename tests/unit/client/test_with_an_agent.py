@@ -57,7 +57,8 @@ def test_torch_tensors_round_trip_whatever_their_type(client: AgentClient) -> No
     torch = pytest.importorskip("torch", reason="TORCH IS NOT INSTALLED: tensors are not tested")
     cache = client.open(LAYOUT)
     keys = new_keys(3)
-    tensors = [torch.randn(BLOCK // 2).to(torch.bfloat16), torch.randn(BLOCK // 4), torch.zeros(BLOCK, dtype=torch.int8)]
+    brain = torch.randn(BLOCK // 2).to(torch.bfloat16)
+    tensors = [brain, torch.randn(BLOCK // 4), torch.zeros(BLOCK, dtype=torch.int8)]
     assert cache.put(keys, tensors) == [True] * 3
     out = [torch.empty_like(tensor) for tensor in tensors]
     assert cache.get_into(keys, out) == [True] * 3

@@ -1,4 +1,6 @@
-"""Configuration: YAML, then environment, then flags; what is wrong is named, with its source and what would be right."""
+"""Configuration: YAML, then environment, then flags; what is wrong is named, with its source and what would be
+right.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The fetcher over a made-up store and made-up transports: every block is reported once, in time, and no slot is lost."""
+"""The fetcher over a made-up store and made-up transports: every block is reported once, in time, and no slot
+is lost.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ class Peer:
         return await self.behaviour(request)
 
 
-def gives(statuses: Callable[[bytes], Status] = lambda _: Status.OK, after_s: float = 0.0, unsafe: bool = False) -> Behaviour:
+def gives(
+    statuses: Callable[[bytes], Status] = lambda _: Status.OK, after_s: float = 0.0, unsafe: bool = False
+) -> Behaviour:
     """A peer that answers per key, perhaps later."""
 
     async def pull(request: PullRequest) -> PullResult:
@@ -112,10 +116,14 @@ class Bench:
 
     def __init__(self, *behaviours: Behaviour, held: dict[bytes, list[int]] | None = None, room: int = 1000) -> None:
         self.landing = Landing(room)
+        self.heard: dict[int, float] = {}  # nodes that are not in it are heard all the time
         self.peers = {node: Peer(behaviour) for node, behaviour in enumerate(behaviours, start=1)}
         self.held = held
         self.fetcher: Fetcher[Slot] = Fetcher(
-            landing=self.landing, holders=self._holders, transport=lambda node: self.peers[node]
+            landing=self.landing,
+            holders=self._holders,
+            transport=lambda node: self.peers[node],
+            heard_at=lambda node: self.heard.get(node, float("inf")),
         )
 
     def _holders(self, namespace: int, hashes: Sequence[bytes]) -> list[list[int]]:
@@ -162,7 +170,9 @@ async def test_what_is_here_already_is_not_asked_for() -> None:
     assert bench.peers[1].asked == [[KEYS[1]]]
 
 
-@pytest.mark.parametrize("bad", [Status.MISS, Status.REJECTED, Status.TIMEOUT, Status.UNREACHABLE, Status.BUSY, Status.INVALID])
+@pytest.mark.parametrize(
+    "bad", [Status.MISS, Status.REJECTED, Status.TIMEOUT, Status.UNREACHABLE, Status.BUSY, Status.INVALID]
+)
 async def test_the_next_holder_is_asked_for_what_the_first_one_did_not_give(bad: Status) -> None:
     bench = Bench(gives(lambda key: bad if key in KEYS[2:4] else Status.OK), gives())
     assert await bench.fetch(KEYS) == [Status.OK] * 6
@@ -175,6 +185,34 @@ async def test_a_holder_that_failed_is_not_asked_again() -> None:
     bench = Bench(gives(lambda _: Status.UNREACHABLE))
     assert await bench.fetch(KEYS) == [Status.MISS] * 6
     assert len(bench.peers[1].asked) == 1 and bench.tidy()
+
+
+async def test_a_silent_holder_is_not_asked_again_before_it_has_been_heard() -> None:
+    bench = Bench(gives(lambda _: Status.UNREACHABLE), gives(lambda _: Status.UNREACHABLE))
+    bench.heard = {1: 0.0, 2: 0.0}
+    for _ in range(3):
+        assert await bench.fetch(KEYS[:1]) == [Status.MISS]
+    assert [len(peer.asked) for peer in bench.peers.values()] == [1, 1]
+    bench.heard[2] = float("inf")
+    await bench.fetch(KEYS[:1])
+    assert [len(peer.asked) for peer in bench.peers.values()] == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [Status.MISS, Status.REJECTED, Status.BUSY, Status.INVALID])
+async def test_a_holder_that_answers_is_not_silent(bad: Status) -> None:
+    bench = Bench(gives(lambda _: bad))
+    bench.heard = {1: 0.0}
+    await bench.fetch(KEYS[:1])
+    await bench.fetch(KEYS[1:2])
+    assert len(bench.peers[1].asked) == 2
+
+
+async def test_an_impatient_caller_says_nothing_about_the_peer() -> None:
+    """Its deadline was too short; others with more time are not to suffer from it."""
+    bench = Bench(gives(after_s=0.1))
+    bench.heard = {1: 0.0}
+    assert Status.OK not in await bench.fetch(KEYS[:1], deadline_s=0.005)
+    assert await bench.fetch(KEYS[1:2]) == [Status.OK]
 
 
 async def test_only_so_many_holders_are_tried() -> None:
@@ -263,9 +301,7 @@ async def test_a_transport_with_a_bug_loses_no_slot_and_no_report() -> None:
 @given(st.data())
 def test_whatever_peers_do_every_block_is_reported_once_and_every_slot_is_closed(data: st.DataObject) -> None:
     outcomes = st.sampled_from([s for s in Status if s is not Status.EXISTS])
-    tables = [
-        {key: data.draw(outcomes) for key in KEYS} for _ in range(data.draw(st.integers(1, 4), label="peers"))
-    ]
+    tables = [{key: data.draw(outcomes) for key in KEYS} for _ in range(data.draw(st.integers(1, 4), label="peers"))]
     held = {key: data.draw(st.lists(st.integers(1, len(tables)), unique=True)) for key in KEYS}
     keys = data.draw(st.lists(st.sampled_from(KEYS), max_size=8))
     here = data.draw(st.sets(st.sampled_from(KEYS)))
@@ -275,9 +311,10 @@ def test_whatever_peers_do_every_block_is_reported_once_and_every_slot_is_closed
         bench.landing.here = dict.fromkeys(here, b"")
         statuses = await bench.fetch(keys)
         for key, status in zip(keys, statuses, strict=True):
-            assert (status is Status.OK) == (key in bench.landing.here)
-            if key in here:
-                assert status is Status.OK or not held[key]
+            if held[key]:
+                assert (status is Status.OK) == (key in bench.landing.here)
+            else:
+                assert status is not Status.OK
         assert bench.tidy()
 
     asyncio.run(run())

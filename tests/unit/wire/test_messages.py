@@ -22,9 +22,15 @@ hashes = st.lists(st.binary(min_size=8, max_size=64), max_size=5)
 slots = st.lists(u32, max_size=5)
 extents = st.lists(st.builds(Extent, st.integers(0, 1 << 63), st.integers(0, 1 << 63)), max_size=4)
 layouts = st.builds(
-    Layout, model=names, revision=names, kv_dtype=names, block_tokens=st.integers(1, 1 << 20),
-    block_bytes=st.integers(1, 1 << 27), tenant=names, hash_seed=names,
-)  # fmt: skip
+    Layout,
+    model=names,
+    revision=names,
+    kv_dtype=names,
+    block_tokens=st.integers(1, 1 << 20),
+    block_bytes=st.integers(1, 1 << 27),
+    tenant=names,
+    hash_seed=names,
+)
 addresses = st.builds(peer.Address, names, u16)
 members = st.lists(st.builds(peer.Member, u64, u32, addresses), max_size=3)
 cards = st.builds(
@@ -44,8 +50,16 @@ MESSAGES: dict[str, list[st.SearchStrategy[Any]]] = {
         st.builds(peer.Advert, cards),
         st.builds(peer.Digest, members),
         st.builds(peer.Pin, u64, hashes, u32, st.booleans()),
-        st.builds(peer.Pinned, u64, u32, st.binary(max_size=9), extents, st.lists(u64, max_size=3), st.binary(max_size=48),
-                  names),
+        st.builds(
+            peer.Pinned,
+            u64,
+            u32,
+            st.binary(max_size=9),
+            extents,
+            st.lists(u64, max_size=3),
+            st.binary(max_size=48),
+            names,
+        ),
         st.builds(peer.Release, u64),
         st.builds(peer.Released, st.booleans()),
         st.builds(peer.Get, u64, hashes, u32),
@@ -67,12 +81,17 @@ MESSAGES: dict[str, list[st.SearchStrategy[Any]]] = {
         st.builds(engine.Got, u64, u32, slots, st.binary(max_size=9), st.binary(max_size=9), extents, st.booleans()),
         st.builds(engine.ReleaseLease, u64),
         st.builds(engine.MatchKeys, u64, hashes, st.booleans()),
-        st.builds(engine.Matched, st.binary(max_size=9), u32, u32, st.lists(
-            st.builds(engine.NodeMatch, u64, u32, u32, u32, u32, u32), max_size=3)),
+        st.builds(
+            engine.Matched,
+            st.binary(max_size=9),
+            u32,
+            u32,
+            st.lists(st.builds(engine.NodeMatch, u64, u32, u32, u32, u32, u32), max_size=3),
+        ),
         st.builds(engine.Ok),
         st.builds(engine.EngineError, names, names, st.lists(names, max_size=3)),
     ],
-}  # fmt: skip
+}
 
 
 def through_the_wire(codec: Codec, message: msgspec.Struct, request_id: int) -> tuple[msgspec.Struct, int]:
@@ -178,14 +197,28 @@ def test_the_largest_lawful_messages_fit_a_frame() -> None:
         peer.CODEC.encode(peer.Get((1 << 64) - 1, keys, 1)),
         engine.CODEC.encode(engine.Store(1, keys, 1, [0xFFFF_FFFF] * peer.KEYS_MAX, 1)),
         peer.CODEC.encode(
-            peer.Pinned(1, 1, bytes(peer.KEYS_MAX), [Extent(1 << 60, 1 << 27)] * peer.KEYS_MAX, [1 << 60] * peer.KEYS_MAX,
-                        bytes(16 * peer.KEYS_MAX), "x" * 256)
+            peer.Pinned(
+                1,
+                1,
+                bytes(peer.KEYS_MAX),
+                [Extent(1 << 60, 1 << 27)] * peer.KEYS_MAX,
+                [1 << 60] * peer.KEYS_MAX,
+                bytes(16 * peer.KEYS_MAX),
+                "x" * 256,
+            )
         ),
         engine.CODEC.encode(
-            engine.Got(1, 1, [0xFFFF_FFFF] * peer.KEYS_MAX, bytes(peer.KEYS_MAX), bytes(peer.KEYS_MAX),
-                       [Extent(1 << 60, 1 << 27)] * peer.KEYS_MAX, True)
+            engine.Got(
+                1,
+                1,
+                [0xFFFF_FFFF] * peer.KEYS_MAX,
+                bytes(peer.KEYS_MAX),
+                bytes(peer.KEYS_MAX),
+                [Extent(1 << 60, 1 << 27)] * peer.KEYS_MAX,
+                True,
+            )
         ),
-    ]  # fmt: skip
+    ]
     assert all(len(frame) - HEADER_BYTES <= BODY_BYTES_MAX for frame in largest)
 
 
