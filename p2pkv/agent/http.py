@@ -121,15 +121,16 @@ def build_app(agent: Agent) -> FastAPI:
     async def by_tokens(body: QueryByTokens) -> dict[str, dict[str, Any]]:
         lora, salt = body.lora_name or "", body.cache_salt or ""
         layouts = _select(agent, body)
-        asked = [
-            (
-                layout,
-                query.hashes_of_tokens(
-                    layout, body.token_ids, block_tokens=body.block_size, lora=lora, cache_salt=salt
-                ),
-            )
-            for layout in layouts
-        ]
+
+        def hashed() -> list[tuple[Layout, list[bytes]]]:
+            tokens, block_tokens = body.token_ids, body.block_size
+            return [
+                (layout, query.hashes_of_tokens(layout, tokens, block_tokens=block_tokens, lora=lora, cache_salt=salt))
+                for layout in layouts
+            ]
+
+        # Seconds for the longest prompts: engines and peers are not to wait for that.
+        asked = await asyncio.to_thread(hashed)
         return _only(query.query_layouts(agent, asked), body.instance_id)
 
     @app.post("/query_by_hash", summary="Who holds how much of a chain, in tokens (conductor).", responses=_REFUSALS)

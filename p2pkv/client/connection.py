@@ -15,13 +15,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import msgspec
 
 from p2pkv.errors import AgentUnavailable, Busy, DeadlineExceeded, P2PKVError, RemoteProtocolError
-from p2pkv.wire.engine import CODEC, Attach, EngineError, Ready
+from p2pkv.wire.engine import CODEC, Attach, EngineError, Got, Ready, ReleaseLease
 from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, FrameDecoder
 
 RECV_BYTES: Final = 16 << 10
@@ -247,17 +247,25 @@ class Connection:
         except (OSError, ValueError) as error:
             data, reason = b"", str(error)
         answered: list[tuple[OnAnswer, Message]] = []
+        unwanted: list[Message] = []
         with self._lock:
             self._reading = False
             if data == b"":
                 self._break(reason)
             elif data:
-                self._dispatch(data, answered)
+                self._dispatch(data, answered, unwanted)
             self._arrived.notify_all()
         for on_answer, message in answered:
             on_answer(message)
+        self.discard(unwanted)
 
-    def _dispatch(self, data: bytes, answered: list[tuple[OnAnswer, Message]]) -> None:
+    def discard(self, messages: Iterable[Message]) -> None:
+        """Answers that nobody waits for any more: blocks that they hold are given back."""
+        for message in messages:
+            if isinstance(message, Got) and message.lease:
+                self.notify(ReleaseLease(message.lease))
+
+    def _dispatch(self, data: bytes, answered: list[tuple[OnAnswer, Message]], unwanted: list[Message]) -> None:
         try:
             for frame in self._decoder.feed(data):
                 message = CODEC.decode(frame)
@@ -265,6 +273,8 @@ class Connection:
                     inbox.messages.append(message)
                 elif (on_answer := self._callbacks.pop(frame.request_id, None)) is not None:
                     answered.append((on_answer, message))
+                else:
+                    unwanted.append(message)
         except RemoteProtocolError as error:
             self._break(str(error))
 
@@ -290,6 +300,7 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         with self._connection._lock:
             self._connection._inboxes.pop(self._id, None)
+        self._connection.discard(self._inbox.messages)
 
     def next(self) -> Message:
         """Wait for the next part; raises as :meth:`Connection.request` does."""

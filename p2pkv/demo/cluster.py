@@ -225,7 +225,9 @@ def kv_transfer_config(socket: str, engine_id: str, *, gpu: bool) -> dict[str, o
                     "type": "P2PKVTier",
                     "module_path": "p2pkv.connectors.vllm",
                     "socket": socket,
-                    "lookup_deadline_ms": 500,  # two replicas, two agents and a client on two cores
+                    # Two replicas, two agents and a client on two cores, where a prefill takes ten seconds and more.
+                    "lookup_deadline_ms": 500,
+                    "load_deadline_ms": 10_000,
                 }
             ],
         },

@@ -177,15 +177,22 @@ def group_of(pid: int, proc: Path = Path("/proc")) -> int | None:
     return None if state in "ZX" else int(group)
 
 
-def shared_memory(pids: Iterable[int], proc: Path = Path("/proc")) -> set[Path]:
-    """Files of /dev/shm that these processes have mapped; of others' processes nothing is known."""
-    found = set()
+def shared_memory(pids: Iterable[int], proc: Path = Path("/proc"), shm: Path = Path("/dev/shm")) -> set[Path]:
+    """Files of /dev/shm that these processes have mapped; of others' processes nothing is known.
+
+    Told by their inodes: glibc makes a semaphore under one name and keeps it under another.
+    """
+    inodes = set()
     for pid in pids:
         with contextlib.suppress(OSError):
             for line in (proc / str(pid) / "maps").read_text(errors="replace").splitlines():
-                _, mark, name = line.partition(" /dev/shm/")
-                if mark and not name.endswith(" (deleted)"):
-                    found.add(Path("/dev/shm") / name)
+                if f" {shm}/" in line:
+                    inodes.add(int(line.split(maxsplit=5)[4]))
+    found = set()
+    for path in shm.iterdir() if shm.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino in inodes:
+                found.add(path)
     return found
 
 

@@ -170,7 +170,12 @@ class _Fetch(Generic[P]):
         self._hashes = hashes
         self._deadline = deadline
         self._on_fetched = on_fetched
-        self._left = dict.fromkeys(range(len(hashes)))  # an ordered set
+        first: dict[bytes, int] = {}
+        self._twins: dict[int, list[int]] = {}  # a key that is named again gets the answer of its first mention
+        for i, key in enumerate(hashes):
+            if (twin := first.setdefault(key, i)) != i:
+                self._twins.setdefault(twin, []).append(i)
+        self._left = dict.fromkeys(first.values())  # an ordered set
         self._failed_nodes: set[int] = set()
         self._worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
         self._loop = asyncio.get_running_loop()
@@ -192,7 +197,8 @@ class _Fetch(Generic[P]):
     def _report(self, i: int, status: Status) -> None:
         if i in self._left:
             del self._left[i]
-            self._on_fetched(i, status)
+            for mention in (i, *self._twins.get(i, ())):
+                self._on_fetched(mention, status)
 
     def _join_flights(self) -> dict[int, asyncio.Future[Status]]:
         flights = self._fetcher._flights
@@ -233,8 +239,6 @@ class _Fetch(Generic[P]):
         place = fetcher._landing.reserve(self._namespace, self._hashes[i])
         if place is Status.EXISTS:
             self._report(i, Status.OK)
-        elif place is Status.BUSY and (self._namespace, self._hashes[i]) in fetcher._flights:
-            pass  # named twice: the next round finds it here, or joins its flight
         elif isinstance(place, Status):
             self._report(i, place)
         else:
@@ -310,7 +314,9 @@ class _Fetch(Generic[P]):
         if not bad:
             return
         self._failed_nodes.add(pull.node)
-        if not result.bytes_moved and any(status in _SILENT for status in bad):
+        # That the caller's own deadline was too short says nothing about the node.
+        in_time = self._loop.time() < self._deadline
+        if in_time and not result.bytes_moved and any(status in _SILENT for status in bad):
             self._fetcher.suspect(pull.node)
         stats.pulls_failed += 1
         stats.blocks_failed += len(bad)

@@ -35,7 +35,7 @@ def _nobody_else_notices(pair: list[AgentProcess]) -> Iterator[None]:
     assert here.put(keys, blocks_of(keys, LAYOUT.block_bytes)) == [True, True]
     visible(there, keys)
     out = [bytearray(LAYOUT.block_bytes) for _ in keys]
-    assert there.get_into(keys, out) == [True, True]
+    eventually(lambda: there.get_into(keys, out) == [True, True], why="the blocks are read")
     assert out == blocks_of(keys, LAYOUT.block_bytes)
 
 

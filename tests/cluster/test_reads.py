@@ -50,14 +50,14 @@ def test_a_chain_may_be_partly_here_partly_there_and_partly_nowhere(pair: list[A
 
 
 def test_a_block_that_is_asked_for_by_many_at_once_is_pulled_once(pair: list[AgentProcess]) -> None:
-    reader, keys = shared(pair, 8, 1 << 20)
+    reader, keys = shared(pair, 8, 1 << 18)
     before = pair[1].metric("p2pkv_pulled_blocks_total")
     answers: list[list[bool]] = []
 
     def read() -> None:
-        out = [bytearray(1 << 20) for _ in keys]
+        out = [bytearray(1 << 18) for _ in keys]
         answers.append(reader.get_into(keys, out, deadline_ms=10_000))
-        assert out == blocks_of(keys, 1 << 20)
+        assert out == blocks_of(keys, 1 << 18)
 
     threads = [threading.Thread(target=read) for _ in range(6)]
     for thread in threads:
@@ -128,6 +128,19 @@ def test_an_impatient_get_costs_nobody_else_anything(pair: list[AgentProcess]) -
     out = [bytearray(BLOCK) for _ in rest]
     assert reader.get_into(rest, out, deadline_ms=5_000) == [True] * 10
     assert out == blocks_of(rest, BLOCK)
+
+
+def test_a_get_that_was_given_up_keeps_nothing_held(pair: list[AgentProcess]) -> None:
+    """Its answer comes late, with a lease; whoever reads it gives that back."""
+    reader, keys = shared(pair, 200)
+    for key in keys:
+        reader.get_into([key], [bytearray(BLOCK)], deadline_ms=1)
+
+    def nothing_held() -> bool:
+        reader.match(keys[:1])
+        return pair[1].metric("p2pkv_leases") == 0
+
+    eventually(nothing_held, 4.0, why="leases are given back, not left to run out")
 
 
 def test_both_agents_read_each_other_at_the_same_time(pair: list[AgentProcess]) -> None:

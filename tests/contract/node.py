@@ -25,6 +25,7 @@ from p2pkv.transport.base import Held, HeldBlock, NullTransport, PullRequest, Pu
 from p2pkv.transport.movers import Movers
 from p2pkv.transport.nixl import NixlTransport
 from p2pkv.transport.nixl_process import NixlOptions
+from p2pkv.transport.patience import Patience
 from p2pkv.transport.tcp import TcpTransport
 from p2pkv.types import Extent, Layout, Status
 from p2pkv.wire.peer import Address, Card
@@ -61,6 +62,13 @@ class Source:
     def leases(self) -> int:
         self.store.expire(time.monotonic())
         return self.store.stats().leases
+
+
+class Unhurried(Patience):
+    """Owner and reader share one thread here, and it is busy: an answer that takes long says nothing about the owner."""
+
+    def of(self, node: int) -> float:
+        return self._ceiling_s
 
 
 class Pulled(NamedTuple):
@@ -105,6 +113,7 @@ class Node:
                 movers=self.movers, arena=self.arena, source=self.source, open_data=self.network.open_data,
                 stream_bytes=4 << 20, stall_s=stall_s,
             )  # fmt: skip
+            tcp._patience = Unhurried(stall_s)
             self.network.on_data_connection = lambda sock, hello, rest: tcp.accept(sock, hello.card.node, rest)
             return tcp
         return NixlTransport(

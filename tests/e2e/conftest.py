@@ -16,7 +16,7 @@ from p2pkv.demo.busy import pinning
 from p2pkv.demo.cluster import Cluster, find_vllm_python, make_model
 from p2pkv.demo.run import transport_used, warm
 from p2pkv.errors import ConfigError
-from tests.e2e.pair import Pair, has_nixl, say, voice
+from tests.e2e.pair import Pair, has_nixl, say, shm_files, unused_shm_files, voice
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / ".cache" / "demo-model"
@@ -59,6 +59,7 @@ def _pair(vllm_python: Path, model: Path) -> Iterator[Pair]:
     if transport == "tcp":
         say("NO NIXL: the end-to-end tests run over tcp only")
     cores = pinning()
+    before = shm_files()
     with Cluster(python=vllm_python, model=model, transport=transport, threads=1, gpu=False, progress=say) as cluster:
         cluster.start_agents(2, cores=cores.others)
         a = cluster.start_replica(cluster.agents[0], name="replica A", cores=cores.source)
@@ -67,6 +68,7 @@ def _pair(vllm_python: Path, model: Path) -> Iterator[Pair]:
         warm(a, b, progress=say)
         assert transport_used(cluster.agents[1]) == transport
         yield Pair(cluster, transport)
+    assert unused_shm_files() - before == set()  # although an engine was killed
 
 
 @pytest.fixture

@@ -9,15 +9,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2pkv.demo.cluster import CHUNK_TOKENS, AgentNode, Cluster, Replica
 from p2pkv.demo.measure import Completion, complete, prompt_of, scrape, total, wait_visible
+from p2pkv.demo.processes import running, shared_memory
 from p2pkv.demo.run import QUESTION_TOKENS
 
 if TYPE_CHECKING:
     from _pytest.capture import CaptureManager
 
+SHM = Path("/dev/shm")
 SHORT_TOKENS = 4 * CHUNK_TOKENS
 """Of a prefix where its length does not matter: a second or two of one core."""
 
@@ -92,6 +95,16 @@ class Pair:
         before = agent_metric(self.agent_b, "p2pkv_get_blocks_total", source="peer")
         answer = complete(self.b.url, prompt)
         return answer, CHUNK_TOKENS * (agent_metric(self.agent_b, "p2pkv_get_blocks_total", source="peer") - before)
+
+
+def shm_files() -> set[Path]:
+    """Everything in /dev/shm."""
+    return set(SHM.iterdir())
+
+
+def unused_shm_files() -> set[Path]:
+    """Files in /dev/shm that no process has mapped: others than the tests may use it too."""
+    return {path for path in shm_files() - shared_memory(running()) if path.exists()}
 
 
 def agent_metric(agent: AgentNode, name: str, **labels: str) -> int:

@@ -17,13 +17,12 @@ from pathlib import Path
 import pytest
 
 from p2pkv.demo.run import judge, measure_run, transport_used
-from tests.e2e.pair import Pair, say
+from tests.e2e.pair import Pair, say, shm_files, unused_shm_files
 
 pytestmark = pytest.mark.e2e
 
 DEMO_S = 480.0
 GONE_S = 20.0
-SHM = Path("/dev/shm")
 
 
 class Demo:
@@ -32,7 +31,7 @@ class Demo:
     def __init__(self, directory: Path, *arguments: str) -> None:
         self._mark = uuid.uuid4().hex
         self._errors = directory / "stderr"
-        self._shm = set(SHM.iterdir())
+        self._shm = shm_files()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("P2PKV_")}
         environment["E2E_MARK"] = self._mark
         with self._errors.open("wb") as errors:
@@ -74,13 +73,8 @@ class Demo:
         return found
 
     def left_in_shm(self) -> set[Path]:
-        """Files that came into /dev/shm since the start, and that no process has mapped (others run here too)."""
-        fresh = set(SHM.iterdir()) - self._shm
-        maps = ""
-        for file in Path("/proc").glob("[0-9]*/maps"):
-            with contextlib.suppress(OSError):
-                maps += file.read_text(errors="replace")
-        return {path for path in fresh if path.exists() and str(path) not in maps}
+        """Files that came into /dev/shm since the start, and that nobody uses."""
+        return unused_shm_files() - self._shm
 
 
 @pytest.mark.timeout(600)

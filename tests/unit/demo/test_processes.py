@@ -18,8 +18,10 @@ from multiprocessing import shared_memory
 
 if __name__ == "__main__":
     memory = shared_memory.SharedMemory(create=True, size=4096)
-    multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,)).start()
-    print(memory.name, flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    lock = spawn.Lock()
+    spawn.Process(target=time.sleep, args=(600,)).start()
+    print(memory.name, "sem." + lock._semlock.name.lstrip("/"), flush=True)
     time.sleep(600)
 """
 
@@ -50,13 +52,13 @@ def test_a_killed_child_leaves_no_process_and_no_shared_memory(
     script.write_text(LEAVER)
     child = Child("leaver", [sys.executable, str(script)], tmp_path / "log")
     children.append(child)
-    memory = Path("/dev/shm") / said(child)
+    left = [Path("/dev/shm") / name for name in said(child).split()]
     group = child.pid
-    assert memory.exists()
+    assert [path.exists() for path in left] == [True, True]
     if stopped:
         child.signal(signal.SIGSTOP)
     child.kill()
-    assert not memory.exists()
+    assert [path.exists() for path in left] == [False, False]
     assert [pid for pid in running() if group_of(pid) == group] == []
 
 
