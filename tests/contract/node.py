@@ -65,7 +65,7 @@ class Source:
 
 
 class Unhurried(Patience):
-    """Owner and reader share one thread here, and it is busy: an answer that takes long says nothing about the owner."""
+    """Owner and reader share one busy thread here: an answer that takes long says nothing about the owner."""
 
     def of(self, node: int) -> float:
         return self._ceiling_s
