@@ -17,7 +17,10 @@ import msgspec
 from p2pkv.errors import ConfigError
 
 ENV_PREFIX: Final = "P2PKV_"
-ENV_RESERVED: Final = frozenset({"P2PKV_SOCKET", "P2PKV_CONFIG", "P2PKV_TEST_SEED"})
+ENV_RESERVED: Final = frozenset(
+    {"P2PKV_SOCKET", "P2PKV_CONFIG", "P2PKV_VLLM_PYTHON", "P2PKV_TEST_SEED", "P2PKV_TEST_READS"}
+)
+"""Variables that are not settings of the agent: the client's, the demo's, the tests'."""
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?\s*$", re.IGNORECASE)
 _UNITS: Final = {"": 1, "b": 1} | {
     unit + suffix: base**power
