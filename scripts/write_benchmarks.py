@@ -13,8 +13,7 @@ INTRO = """# Benchmarks
 
 Written by `make bench` from what `p2pkv bench NAME --json` printed. Every figure of a run is taken beside its limit
 (memcpy, raw TCP, raw NIXL), **interleaved in that run**, because machines differ and shared machines differ from minute
-to minute: compare ratios, and microseconds only within one table. What each bench does is in
-[benchmarks/README.md](https://github.com/p2pkv/p2pkv/tree/main/benchmarks).
+to minute: compare ratios, and microseconds only within one table. What each bench does is in `benchmarks/README.md`.
 """
 
 
