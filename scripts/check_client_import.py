@@ -1,8 +1,8 @@
 """Shows what `import p2pkv.client` costs an engine, and fails when it pulls in what it must not.
 
 What fails is what does not depend on the machine: a heavy package, or more modules than MODULES_MAX. The time is
-printed beside its limit, and fails only with --strict: half of it is msgspec's own import, and on a shared machine the same
-import has been seen to take 25 ms and 70 ms of processor time within the hour. Cost = the processor time of an
+printed beside its limit and fails only with --strict: half of it is msgspec's own import, and on a shared machine the
+same import has been seen to take 25 ms and 70 ms of processor time within the hour. Cost = the processor time of an
 interpreter that imports the module, less that of one that imports nothing; the least of several interleaved runs, as
 many as it takes (up to RUNS_MAX), because whatever else the machine does only ever adds, to both.
 """
