@@ -77,8 +77,14 @@ def run(settings: Config, ready_fd: int | None = None) -> None:
         daemon = Agent(settings)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def on_signal(number: int, frame: object) -> None:
+            loop.call_soon_threadsafe(stop.set)
+
+        # Not ``loop.add_signal_handler``: taking that away goes through the default action, and a second signal that
+        # comes just then turns a clean end into a death.
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            signal.signal(number, on_signal)
         await daemon.start()
         try:
             if ready_fd is not None:
@@ -86,8 +92,7 @@ def run(settings: Config, ready_fd: int | None = None) -> None:
             await stop.wait()
         finally:
             await daemon.stop()
-            for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not turn a clean end into a death
-                loop.remove_signal_handler(number)
+            for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
 
     uvloop.run(main())

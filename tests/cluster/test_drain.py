@@ -120,7 +120,7 @@ def test_a_second_signal_changes_nothing(cluster: Cluster) -> None:
     stop = threading.Event()
 
     def nag() -> None:
-        while not stop.wait(0.01) and agent.alive:
+        while not stop.wait(0.000_2) and agent.alive:
             agent.signal(signal.SIGTERM)
 
     thread = threading.Thread(target=nag)
