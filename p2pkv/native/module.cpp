@@ -18,6 +18,10 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using namespace p2pkv;
 
+void bind_store(nb::module_& m);
+void bind_server(nb::module_& m);
+void bind_lane(nb::module_& m);
+
 namespace {
 
 class Buffer {
@@ -174,6 +178,10 @@ NB_MODULE(_native, m) {
     m.def("address_of", address_of, "buffer"_a);
     m.def("populate", populate, "address"_a, "length"_a);
     m.def("run_now", run_now, "work"_a, "items"_a, "deadline_s"_a = -1.0);
+
+    bind_store(m);
+    bind_server(m);
+    bind_lane(m);
 
     nb::class_<Hasher>(m, "Hasher")
         .def(nb::init<>())

@@ -1,0 +1,6 @@
+// Python bindings of the server.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_server(nb::module_&) {}

@@ -1,0 +1,111 @@
+// The few kinds of msgpack that the messages of the fast paths are made of: unsigned integers, byte strings, arrays,
+// booleans. A reader that never reads behind its end and never allocates by what the input claims; a writer that writes
+// the shortest form, as msgspec does.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace p2pkv::msgpack {
+
+class Reader {
+  public:
+    explicit Reader(std::string_view data) : data_(data) {}
+
+    // Each returns false, and the reader is spoilt, when the next item is not that.
+    bool array(uint64_t* count) {
+        unsigned char tag;
+        if (!byte(&tag)) return false;
+        if ((tag & 0xf0) == 0x90) return *count = tag & 0x0f, true;
+        if (tag == 0xdc) return big_endian(2, count);
+        if (tag == 0xdd) return big_endian(4, count);
+        return spoil();
+    }
+    bool uint(uint64_t* value) {
+        unsigned char tag;
+        if (!byte(&tag)) return false;
+        if (tag < 0x80) return *value = tag, true;
+        if (tag >= 0xcc && tag <= 0xcf) return big_endian(size_t{1} << (tag - 0xcc), value);
+        return spoil();
+    }
+    bool bin(std::string_view* bytes) {
+        unsigned char tag;
+        uint64_t length;
+        if (!byte(&tag)) return false;
+        if (tag < 0xc4 || tag > 0xc6) return spoil();
+        if (!big_endian(size_t{1} << (tag - 0xc4), &length)) return false;
+        if (length > data_.size() - at_) return spoil();
+        *bytes = data_.substr(at_, length);
+        at_ += length;
+        return true;
+    }
+    bool at_end() const { return good_ && at_ == data_.size(); }
+
+  private:
+    bool spoil() { return good_ = false; }
+    bool byte(unsigned char* out) {
+        if (!good_ || at_ >= data_.size()) return spoil();
+        *out = static_cast<unsigned char>(data_[at_++]);
+        return true;
+    }
+    bool big_endian(size_t bytes, uint64_t* out) {
+        if (bytes > data_.size() - at_) return spoil();
+        uint64_t value = 0;
+        for (size_t i = 0; i < bytes; ++i) value = value << 8 | static_cast<unsigned char>(data_[at_++]);
+        *out = value;
+        return true;
+    }
+
+    std::string_view data_;
+    size_t at_ = 0;
+    bool good_ = true;
+};
+
+class Writer {
+  public:
+    explicit Writer(std::string* out) : out_(out) {}
+
+    void array(uint32_t count) {
+        if (count < 16) return put(static_cast<unsigned char>(0x90 | count));
+        if (count < 65536) return put(0xdc), big_endian(2, count);
+        put(0xdd), big_endian(4, count);
+    }
+    void uint(uint64_t value) {
+        if (value < 0x80) return put(static_cast<unsigned char>(value));
+        if (value < 0x100) return put(0xcc), big_endian(1, value);
+        if (value < 0x10000) return put(0xcd), big_endian(2, value);
+        if (value < 0x100000000) return put(0xce), big_endian(4, value);
+        put(0xcf), big_endian(8, value);
+    }
+    void bin(std::string_view bytes) {
+        if (bytes.size() < 0x100) {
+            put(0xc4), big_endian(1, bytes.size());
+        } else if (bytes.size() < 0x10000) {
+            put(0xc5), big_endian(2, bytes.size());
+        } else {
+            put(0xc6), big_endian(4, bytes.size());
+        }
+        out_->append(bytes);
+    }
+    void str(std::string_view text) {
+        if (text.size() < 32) {
+            put(static_cast<unsigned char>(0xa0 | text.size()));
+        } else if (text.size() < 0x100) {
+            put(0xd9), big_endian(1, text.size());
+        } else {
+            put(0xda), big_endian(2, text.size());
+        }
+        out_->append(text);
+    }
+    void boolean(bool value) { put(value ? 0xc3 : 0xc2); }
+
+  private:
+    void put(unsigned char byte) { out_->push_back(static_cast<char>(byte)); }
+    void big_endian(size_t bytes, uint64_t value) {
+        for (size_t i = bytes; i-- > 0;) put(static_cast<unsigned char>(value >> (8 * i)));
+    }
+
+    std::string* out_;
+};
+
+}  // namespace p2pkv::msgpack
