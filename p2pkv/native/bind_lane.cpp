@@ -1,6 +1,75 @@
-// Python bindings of the lane.
+// Python bindings of the engines' short way and of the pool of idle data connections.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "lane.hpp"
 
 namespace nb = nanobind;
+using namespace nb::literals;
+using namespace p2pkv;
 
-void bind_lane(nb::module_&) {}
+namespace {
+
+nb::bytes to_bytes(const std::vector<unsigned char>& bytes) {
+    return nb::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+nb::list drain(Lane& lane) {
+    nb::list out;
+    for (const LaneEvent& e : lane.drain()) {
+        nb::list keys;
+        for (const std::string& key : e.keys) keys.append(nb::bytes(key.data(), key.size()));
+        out.append(nb::make_tuple(static_cast<int>(e.kind), e.connection, e.request_id, e.space, keys,
+                                  to_bytes(e.statuses), to_bytes(e.settled), e.asked_at, e.deadline, e.node,
+                                  static_cast<int>(e.code), e.blocks, e.rejected, e.missed, e.bytes, e.waited_s,
+                                  nb::bytes(e.detail.data(), e.detail.size())));
+    }
+    return out;
+}
+
+Lane* make_lane(store::Store& store, IoEngine& receiver, Pool& pool, nb::capsule lookup, uintptr_t arena,
+                double lease_ttl_s, double stall_s, uint64_t pull_bytes_max, uint32_t in_flight_max) {
+    if (std::string(lookup.name()) != index::kLookupCapsule) throw nb::type_error("lookup is not PrefixIndex.lookup");
+    return new Lane(store, receiver, pool, *static_cast<const index::Lookup*>(lookup.data()),
+                    {arena, lease_ttl_s, stall_s, pull_bytes_max, in_flight_max});
+}
+
+std::string text(nb::bytes bytes) { return std::string(bytes.c_str(), bytes.size()); }
+
+}  // namespace
+
+void bind_lane(nb::module_& m) {
+    nb::class_<Pool>(m, "Pool")
+        .def(nb::init<size_t, double>(), "per_node"_a, "ceiling_s"_a)
+        .def("give", &Pool::give, "node"_a, "slot"_a, "fd"_a)
+        .def("take", &Pool::take, "node"_a)
+        .def("drop", &Pool::drop, "node"_a)
+        .def("clear", &Pool::clear)
+        .def("idle", &Pool::idle);
+
+    nb::class_<Lane>(m, "Lane")
+        .def(nb::new_(&make_lane), "store"_a, "receiver"_a, "pool"_a, "lookup"_a, "arena"_a, "lease_ttl_s"_a, "stall_s"_a,
+             "pull_bytes_max"_a, "in_flight_max"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
+             nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>())
+        .def_prop_ro("fd", &Lane::fd)
+        .def_prop_ro("in_flight", &Lane::in_flight)
+        .def("drain", drain)
+        .def("add", &Lane::add, "connection"_a, "fd"_a, "holder"_a)
+        .def("allow", &Lane::allow, "connection"_a, "namespace"_a, "salt"_a)
+        .def("send", [](Lane& lane, uint64_t id, nb::bytes frame) { return lane.send(id, text(frame)); },
+             "connection"_a, "frame"_a)
+        .def("close", &Lane::close, "connection"_a)
+        .def("watch", [](Lane& lane, uint64_t space, nb::bytes key) { return lane.watch(space, text(key)); },
+             "namespace"_a, "key"_a)
+        .def("set_draining", &Lane::set_draining, "draining"_a)
+        .def("stop", &Lane::stop, nb::call_guard<nb::gil_scoped_release>())
+        .def("counters", [](const Lane& lane) {
+            nb::dict out;
+            out["hits_local"] = lane.hits_local.load();
+            out["bytes_local"] = lane.bytes_local.load();
+            out["hits_peer"] = lane.hits_peer.load();
+            out["bytes_peer"] = lane.bytes_peer.load();
+            out["handed_over"] = lane.handed_over.load();
+            return out;
+        });
+}

@@ -119,6 +119,7 @@ void IoEngine::report(Transfer& transfer) {
     event.code = transfer.code;
     event.detail = std::move(transfer.detail);
     transfer.fill_final(&event);
+    if (transfer.on_end) return transfer.on_end(std::move(event));
     completions_.push(std::move(event));
 }
 

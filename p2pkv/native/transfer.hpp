@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -77,6 +78,8 @@ class Transfer {
     bool begun = false;  // whether the other side has begun to take part
     Code code = Code::ok;
     std::string detail;
+    // Where the final event goes instead of into the engine's queue; called once, by whichever thread ended the transfer.
+    std::function<void(IoEvent)> on_end;
 
   protected:
     Want fail(Code why, std::string text = {}) {

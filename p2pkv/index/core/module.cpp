@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "lookup.hpp"
 #include "prefix_index.hpp"
 
 namespace nb = nanobind;
@@ -145,6 +146,25 @@ nb::bytes index_keys(std::uint64_t namespace_, nb::sequence hashes) {
 
 }  // namespace
 
+namespace {
+
+/// What p2pkv._native asks instead of Python (see lookup.hpp).
+std::size_t holders_of_all(void* index, const std::uint64_t* keys, std::size_t count, std::uint32_t* slots,
+                           std::size_t most) {
+  std::size_t found = 0;
+  for (const auto& row : static_cast<const PrefixIndex*>(index)->match(Keys(keys, count * sizeof(Key)), false))
+    if (row.depth == count && row.node != 0 && found < most) slots[found++] = row.node;  // 0: this node itself
+  return found;
+}
+
+nb::object lookup(nb::handle self) {
+  auto* table = new p2pkv::index::Lookup{nb::cast<PrefixIndex*>(self), holders_of_all};
+  return nb::capsule(table, p2pkv::index::kLookupCapsule,
+                     [](void* p) noexcept { delete static_cast<p2pkv::index::Lookup*>(p); });
+}
+
+}  // namespace
+
 NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);  // what lives as long as the process is no leak, and nobody's business at its end
   nb::exception<IndexFull>(m, "IndexFull", PyExc_RuntimeError);
@@ -187,7 +207,8 @@ NB_MODULE(_core, m) {
       .def("checksum", &PrefixIndex::checksum, "node"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("count", &PrefixIndex::count, "node"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("top", &PrefixIndex::top, nb::call_guard<nb::gil_scoped_release>())
-      .def("stats", stats);
+      .def("stats", stats)
+      .def_prop_ro("lookup", lookup);
 
   m.def("entries_checksum", entries_checksum, "keys"_a, "tier"_a);
   m.def("index_keys", index_keys, "namespace"_a, "hashes"_a);

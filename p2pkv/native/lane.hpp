@@ -1,0 +1,122 @@
+// The engines' short way: GET answered without Python where that is possible.
+//
+// Each engine has, beside its control connection, a socket for GET, GOT and RELEASE only. One thread reads these
+// sockets; what is in the local store is held and answered at once, and what one peer has is received straight into
+// reserved slots by the I/O thread, proven, committed and answered from there. Everything that needs thought (no
+// connection yet, several holders, large batches, a failure, a refusal) is handed to Python with what is left to do.
+//
+// Threads: the lane's own, the receiving I/O thread (`on_end`), and Python's loop (public methods). An engine's socket
+// is written to under its connection's mutex, by any of them.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "../index/core/lookup.hpp"
+#include "completions.hpp"
+#include "io_engine.hpp"
+#include "pool.hpp"
+#include "store.hpp"
+
+namespace p2pkv {
+
+constexpr unsigned char kUnsettled = 255;  // the status of a key that nothing has been said about yet
+
+struct LaneEvent {
+    // rest: a GET that Python has to go on with. landed: a pull of the lane's has ended (some of it may have failed).
+    // gone: an engine's socket has ended, or it broke the protocol (`detail` says how).
+    enum class Kind : int { rest = 0, landed = 1, gone = 2 };
+    Kind kind = Kind::rest;
+    uint64_t connection = 0;
+    uint32_t request_id = 0;
+    uint64_t space = 0;
+    std::vector<std::string> keys;  // rest: all of the GET's. landed: those that somebody watches
+    std::vector<unsigned char> statuses;  // per key. rest: kUnsettled, or how the lane's own attempt at it failed
+    std::vector<unsigned char> settled;   // rest: 1 where the engine has had its answer
+    double asked_at = 0, deadline = 0;    // CLOCK_MONOTONIC, seconds
+    uint64_t node = 0;                    // whom the lane had asked; 0 = nobody
+    Code code = Code::ok;                 // how that ended
+    uint64_t blocks = 0, rejected = 0, missed = 0, bytes = 0;  // landed
+    double waited_s = 0;                  // landed: until the first byte; 0 = none came
+    std::string detail;
+};
+
+struct LaneOptions {
+    uintptr_t arena = 0;
+    double lease_ttl_s = 10;
+    double stall_s = 0.5;
+    uint64_t pull_bytes_max = 8 << 20;  // more is spread over several connections, by Python
+    uint32_t in_flight_max = 256;       // per engine
+};
+
+class Lane {
+  public:
+    Lane(store::Store& store, IoEngine& receiver, Pool& pool, const index::Lookup& lookup, LaneOptions options);
+    ~Lane();
+
+    int fd() const { return events_.fd(); }
+    std::vector<LaneEvent> drain() { return events_.drain(); }
+
+    // Takes a connected, non-blocking socket over. `holder`: whom leases belong to.
+    void add(uint64_t connection, int fd, uint64_t holder);
+    // The engine has opened this namespace (salt: see p2pkv.types.namespace_salt); GETs for others go to Python.
+    void allow(uint64_t connection, uint64_t space, uint64_t salt);
+    // A frame of Python's to the engine. False: the connection has gone.
+    bool send(uint64_t connection, std::string frame);
+    void close(uint64_t connection);
+
+    // Whether the lane is pulling this block now; if so, the event of its end names the key.
+    bool watch(uint64_t space, const std::string& key);
+    void set_draining(bool draining) { draining_ = draining; }
+    // No pull ends after this returns; all sockets are closed.
+    void stop();
+
+    size_t in_flight() const;
+    std::atomic<uint64_t> hits_local{0}, bytes_local{0}, hits_peer{0}, bytes_peer{0}, handed_over{0};
+
+  private:
+    struct Connection;
+    struct Request;
+    struct Pull;
+    using ConnectionRef = std::shared_ptr<Connection>;
+
+    void run();
+    void on_readable(const ConnectionRef& connection);
+    bool on_frames(const ConnectionRef& connection);
+    static bool parse_get(Request& request);
+    void on_get(const std::shared_ptr<Request>& request);
+    bool on_release(const ConnectionRef& connection, std::string_view body);
+    bool start_pull(const std::shared_ptr<Request>& request);
+    void on_end(Pull& pull, IoEvent event);
+    void hand_over(Request& request, uint64_t node, Code code);
+    void send_got(Request& request, const store::Pinned& pinned, const std::vector<uint32_t>& indices,
+                  unsigned char source, bool more);
+    void send_frame(Connection& connection, std::string frame);
+    void flush(const ConnectionRef& connection);
+    void end(const ConnectionRef& connection, std::string why);
+    ConnectionRef find(uint64_t id);
+
+    store::Store& store_;
+    IoEngine& receiver_;
+    Pool& pool_;
+    const index::Lookup lookup_;
+    const LaneOptions options_;
+    const int epoll_;
+    const int wake_fd_;
+    std::atomic<bool> draining_{false};
+    std::atomic<bool> stopping_{false};
+    std::atomic<uint64_t> next_job_;
+    mutable std::mutex mutex_;  // guards the three tables; never held across a system call
+    std::unordered_map<uint64_t, ConnectionRef> connections_;
+    std::unordered_map<std::string, bool> flights_;  // namespace and key of every block being pulled -> watched
+    std::unordered_set<uint64_t> pulls_;             // jobs at the receiver
+    Completions<LaneEvent> events_;
+    std::thread thread_;
+};
+
+}  // namespace p2pkv

@@ -1,0 +1,86 @@
+#include "pool.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace p2pkv {
+namespace {
+// As in p2pkv/transport/patience.py.
+constexpr double kFloorS = 0.08;
+constexpr double kFactor = 4.0;
+constexpr double kForget = 0.95;
+}  // namespace
+
+void Pool::give(uint64_t node, uint32_t slot, int fd) {
+    std::lock_guard lock(mutex_);
+    Peer& peer = peers_[node];
+    if (peer.slot != slot) node_of_slot_.erase(peer.slot);
+    peer.slot = slot;
+    node_of_slot_[slot] = node;
+    if (peer.idle.size() >= per_node_) {
+        close(peer.idle.front());
+        peer.idle.pop_front();
+    }
+    peer.idle.push_back(fd);
+}
+
+int Pool::pop(Peer& peer) {
+    if (peer.idle.empty()) return -1;
+    const int fd = peer.idle.back();
+    peer.idle.pop_back();
+    return fd;
+}
+
+int Pool::take(uint64_t node) {
+    std::lock_guard lock(mutex_);
+    const auto it = peers_.find(node);
+    return it == peers_.end() ? -1 : pop(it->second);
+}
+
+double Pool::first_byte_s(const Peer& peer) const {
+    if (peer.slowest_s <= 0) return ceiling_s_;
+    return std::min(ceiling_s_, std::max(kFloorS, kFactor * peer.slowest_s));
+}
+
+Pool::Taken Pool::take_slot(uint32_t slot) {
+    std::lock_guard lock(mutex_);
+    const auto node = node_of_slot_.find(slot);
+    if (node == node_of_slot_.end()) return {};
+    Peer& peer = peers_[node->second];
+    return {pop(peer), node->second, first_byte_s(peer)};
+}
+
+void Pool::drop(uint64_t node) {
+    std::lock_guard lock(mutex_);
+    const auto it = peers_.find(node);
+    if (it == peers_.end()) return;
+    for (const int fd : it->second.idle) close(fd);
+    node_of_slot_.erase(it->second.slot);
+    peers_.erase(it);
+}
+
+void Pool::clear() {
+    std::lock_guard lock(mutex_);
+    for (auto& [node, peer] : peers_)
+        for (const int fd : peer.idle) close(fd);
+    peers_.clear();
+    node_of_slot_.clear();
+}
+
+size_t Pool::idle() {
+    std::lock_guard lock(mutex_);
+    size_t count = 0;
+    for (const auto& [node, peer] : peers_) count += peer.idle.size();
+    return count;
+}
+
+void Pool::learn(uint64_t node, double waited_s) {
+    if (waited_s <= 0) return;
+    std::lock_guard lock(mutex_);
+    const auto it = peers_.find(node);
+    if (it == peers_.end()) return;
+    it->second.slowest_s = std::max(waited_s, it->second.slowest_s * kForget);
+}
+
+}  // namespace p2pkv

@@ -1,0 +1,52 @@
+// Idle data connections to peers, and how long each peer may take to begin an answer. Thread-safe.
+#pragma once
+#include <deque>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace p2pkv {
+
+class Pool {
+  public:
+    struct Taken {
+        int fd = -1;  // -1: there is none
+        uint64_t node = 0;
+        double first_byte_s = 0;
+    };
+
+    Pool(size_t per_node, double ceiling_s) : per_node_(per_node), ceiling_s_(ceiling_s) {}
+    ~Pool() { clear(); }
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    // Keep a connection that nothing is under way on. `slot`: the node's place in the index, for take_slot; it stays the
+    // node's for as long as the node has connections here. The oldest goes when there are too many.
+    void give(uint64_t node, uint32_t slot, int fd);
+    int take(uint64_t node);
+    Taken take_slot(uint32_t slot);
+    // Close what is kept for a node; what is in use at the moment comes back by give() and is closed by the next drop().
+    void drop(uint64_t node);
+    void clear();
+    size_t idle();
+
+    // The node's first byte came after this long (see p2pkv/transport/patience.py for the estimate).
+    void learn(uint64_t node, double waited_s);
+
+  private:
+    struct Peer {
+        uint32_t slot = 0;
+        double slowest_s = 0;
+        std::deque<int> idle;  // the warmest last
+    };
+    double first_byte_s(const Peer& peer) const;
+    int pop(Peer& peer);
+
+    const size_t per_node_;
+    const double ceiling_s_;
+    std::mutex mutex_;
+    std::unordered_map<uint64_t, Peer> peers_;
+    std::unordered_map<uint32_t, uint64_t> node_of_slot_;
+};
+
+}  // namespace p2pkv
