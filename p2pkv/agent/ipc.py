@@ -7,6 +7,7 @@ leases it did not give back run out by themselves, because its process may still
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import select
@@ -14,16 +15,19 @@ import socket
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from p2pkv.agent.lane import EngineLane, Port, Rest
 from p2pkv.agent.regions import MappedRegion
 from p2pkv.agent.service import CacheService, Ready
 from p2pkv.errors import Busy, ConfigError, InvalidArgument, LayoutMismatch, P2PKVError, RemoteProtocolError
-from p2pkv.types import Layout
+from p2pkv.transport.movers import Code
+from p2pkv.types import Layout, Status
 from p2pkv.wire.engine import (
     CODEC,
     Attach,
@@ -54,6 +58,8 @@ SEND_QUEUE_BYTES_MAX: Final = 16 << 20
 """Answers that an engine does not read; beyond it the engine is disconnected."""
 DEADLINE_MS_MAX: Final = 600_000
 
+_ids = itertools.count(1)
+
 
 class EngineServer:
     """Listens on the Unix socket. ``start`` and ``stop`` once each, on the event loop."""
@@ -67,7 +73,9 @@ class EngineServer:
         connections_max: int,
         in_flight_max: int,
         regions_max: int,
+        lane: EngineLane | None = None,
     ) -> None:
+        self.lane = lane
         self.service = service
         self.path = path
         self.epoch = epoch
@@ -160,13 +168,16 @@ class EngineServer:
     @property
     def in_flight(self) -> int:
         """Requests being worked on, over all connections."""
-        return sum(connection.in_flight for connection in self.connections)
+        pulls = self.lane.in_flight if self.lane is not None else 0
+        return pulls + sum(connection.in_flight for connection in self.connections)
 
 
 class EngineConnection:
     """One engine's connection."""
 
     def __init__(self, server: EngineServer, sock: socket.socket) -> None:
+        self.id = next(_ids)
+        """Names this connection in the lane, and as a holder of leases."""
         self._server = server
         self._service = server.service
         self._sock = sock
@@ -220,6 +231,8 @@ class EngineConnection:
         if self._closed:
             return
         self._closed = True
+        if self._server.lane is not None:
+            self._server.lane.close(self.id)
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         while self._fds:
@@ -320,13 +333,19 @@ class EngineConnection:
             service.arena.capacity_bytes,
             int(service.lease_ttl_s * 1000),
         )
-        descriptor = service.arena.readonly_fd()
+        descriptors = [service.arena.readonly_fd()]
+        if self._server.lane is not None:
+            ours, theirs = socket.socketpair()  # close-on-exec by default
+            ours.setblocking(False)
+            descriptors.append(theirs.detach())
+            self._server.lane.open(self.id, ours.detach(), Port(self._on_rest, self._on_lane_gone))
         try:
-            socket.send_fds(self._sock, [CODEC.encode(ready, request_id)], [descriptor])
+            socket.send_fds(self._sock, [CODEC.encode(ready, request_id)], descriptors)
         except OSError:
             self.close()
         finally:
-            os.close(descriptor)
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     # --- requests that are answered at once ---
 
@@ -334,6 +353,8 @@ class EngineConnection:
         if message.layout not in self._layouts.values():
             namespace = self._service.open(message.layout)
             self._layouts[namespace] = message.layout
+            if self._server.lane is not None:
+                self._server.lane.allow(self.id, namespace)
         self._send(Opened(message.layout.namespace), request_id)
 
     def _on_map(self, message: MapRegion, request_id: int) -> None:
@@ -365,38 +386,78 @@ class EngineConnection:
         self._send(self._service.match(message.namespace, message.keys, detail=message.detail), request_id)
 
     def _on_release(self, message: ReleaseLease, request_id: int) -> None:
-        self._service.store.release(message.lease, time.monotonic(), self)
+        self._service.store.release(message.lease, time.monotonic(), self.id)
 
     # --- requests that may have to wait ---
 
     def _on_get(self, message: Get, request_id: int) -> None:
         self._check_namespace(message.namespace)
         asked_at = time.monotonic()
-        local = self._service.get_local(message.namespace, message.keys, self)
+        send_got = partial(self._send_got, self._send, request_id, asked_at)
+        local = self._service.get_local(message.namespace, message.keys, self.id)
         if local.indices or not local.more:
-            self._send_got(local, request_id, asked_at)
+            send_got(local)
         if local.more:
-            fetching = self._service.get_rest(
-                message.namespace,
-                message.keys,
-                local.indices,
-                min(message.deadline_ms, DEADLINE_MS_MAX) / 1000,
-                self,
-                lambda ready: self._send_got(ready, request_id, asked_at),
-                lambda: not self._closed,
-            )
-            if fetching is not None:
-                self._fetching += 1
-                fetching.add_done_callback(self._on_fetched)
+            deadline_s = min(message.deadline_ms, DEADLINE_MS_MAX) / 1000
+            self._fetch(message.namespace, message.keys, local.indices, deadline_s, send_got)
+
+    def _on_rest(self, rest: Rest) -> None:
+        """Go on with a GET that the lane has not finished; the answer goes out where it came in."""
+        send_got = partial(self._send_got, self._send_lane, rest.request_id, rest.asked_at)
+        deadline_s = max(0.0, rest.deadline - time.monotonic())
+        have = [i for i, settled in enumerate(rest.settled) if settled]
+        try:
+            if not have:
+                self._admit(Get(rest.namespace, rest.keys, 0))
+            self._check_namespace(rest.namespace)
+            # A connection that had died unnoticed says nothing about the node: it may be asked again, over a new one.
+            excluded = (rest.node,) if rest.node and rest.code is not Code.CLOSED else ()
+            if not rest.node and not have:
+                local = self._service.get_local(rest.namespace, rest.keys, self.id)
+                if local.indices or not local.more:
+                    send_got(local)
+                have = local.indices
+                if not local.more:
+                    return
+            self._fetch(rest.namespace, rest.keys, have, deadline_s, send_got, excluded, rest.failed)
+        except P2PKVError as error:
+            self._refuse(rest.request_id, error, self._send_lane)
+
+    def _on_lane_gone(self, reason: str) -> None:
+        """The engine's short way has ended: with a reason, it broke the protocol; without, its other end follows."""
+        if reason:
+            self._server.protocol_errors += 1
+            log.warning("engine %s is disconnected: %s", self.name, reason)
+            self._send_error(0, "protocol", reason)
+        self.close()
+
+    def _fetch(
+        self,
+        namespace: int,
+        keys: list[bytes],
+        have: list[int],
+        deadline_s: float,
+        send_got: Callable[[Ready], None],
+        excluded: Sequence[int] = (),
+        failed: Mapping[int, Status] | None = None,
+    ) -> None:
+        fetching = self._service.get_rest(
+            namespace, keys, have, deadline_s, self.id, send_got, lambda: not self._closed, excluded, failed
+        )
+        if fetching is not None:
+            self._fetching += 1
+            fetching.add_done_callback(self._on_fetched)
 
     def _on_fetched(self, _: asyncio.Future[None]) -> None:
         self._fetching -= 1
 
-    def _send_got(self, ready: Ready, request_id: int, asked_at: float) -> None:
+    def _send_got(
+        self, send: Callable[[msgspec.Struct, int], None], request_id: int, asked_at: float, ready: Ready
+    ) -> None:
         # Counted from when the request came: the engine counts from before it asked, so its end is never after ours.
         waited = time.monotonic() - asked_at
         ttl_s = self._service.lease_ttl_s + waited if ready.lease else 0.0
-        self._send(
+        send(
             Got(
                 ready.lease,
                 int(ttl_s * 1000),
@@ -427,7 +488,7 @@ class EngineConnection:
         async def load() -> None:
             deadline_s = min(message.deadline_ms, DEADLINE_MS_MAX) / 1000
             done = await self._service.load_blocks(
-                message.namespace, message.keys, region, message.slots, deadline_s, self
+                message.namespace, message.keys, region, message.slots, deadline_s, self.id
             )
             self._send(done, request_id)
 
@@ -470,7 +531,9 @@ class EngineConnection:
 
     # --- frames out ---
 
-    def _refuse(self, request_id: int, error: P2PKVError) -> None:
+    def _refuse(
+        self, request_id: int, error: P2PKVError, send: Callable[[msgspec.Struct, int], None] | None = None
+    ) -> None:
         fields: tuple[str, ...] = ()
         code = "internal"
         if isinstance(error, LayoutMismatch):
@@ -479,7 +542,11 @@ class EngineConnection:
             code = "invalid"
         elif isinstance(error, Busy):
             code = "draining" if self._server.draining else "busy"
-        self._send_error(request_id, code, str(error), list(fields))
+        (send or self._send)(EngineError(code, str(error)[:1000], list(fields)), request_id)
+
+    def _send_lane(self, message: msgspec.Struct, request_id: int) -> None:
+        if not self._closed and self._server.lane is not None:
+            self._server.lane.send(self.id, CODEC.encode(message, request_id))
 
     def _send_error(self, request_id: int, code: str, text: str, fields: list[str] | None = None) -> None:
         self._send(EngineError(code, text[:1000], fields or []), request_id)

@@ -54,7 +54,7 @@ class AgentCollector(Collector):
         yield _counter("p2pkv_engine_protocol_errors", "Malformed frames of engines.", agent.engines.protocol_errors)
 
     def _cache(self) -> Iterator[Metric]:
-        stats = self._agent.service.stats
+        stats = self._agent.service.totals()
         blocks = CounterMetricFamily(
             "p2pkv_get_blocks", "Blocks engines asked for, by where they came from.", labels=["source"]
         )

@@ -11,11 +11,12 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 
+from p2pkv.agent.lane import EngineLane, Landed
 from p2pkv.agent.regions import MappedRegion
 from p2pkv.errors import Busy, InvalidArgument, LayoutMismatch
 from p2pkv.index.ownership import OwnershipLog
@@ -24,8 +25,8 @@ from p2pkv.store.arena import Arena
 from p2pkv.store.base import Block, Reservation
 from p2pkv.store.dram import DramStore
 from p2pkv.transport.base import Held, HeldBlock
-from p2pkv.transport.fetch import Fetcher
-from p2pkv.transport.movers import Movers, Work
+from p2pkv.transport.fetch import Fetcher, PullCounts
+from p2pkv.transport.movers import Code, Movers, Work
 from p2pkv.types import Extent, Layout, Status, Tier, index_key, namespace_salt
 from p2pkv.wire.engine import Done, Matched, NodeMatch, Source
 
@@ -94,6 +95,7 @@ class CacheService:
         self.fetcher: Fetcher[Reservation] | None = (
             None  # set once the cell is joined; without it every remote block is a miss
         )
+        self.lane: EngineLane | None = None  # what answers GETs without us, once it is there
         self.stats = ServiceStats()
         self._slot_node = slot_node
         self._on_layouts = on_layouts
@@ -231,11 +233,14 @@ class CacheService:
         holder: Hashable,
         on_ready: Callable[[Ready], None],
         still_wanted: Callable[[], bool] = lambda: True,
+        excluded: Sequence[int] = (),
+        failed: Mapping[int, Status] | None = None,
     ) -> asyncio.Future[None] | None:
         """Pull what :meth:`get_local` did not find; ``on_ready`` gets what is settled, as it is settled.
 
         The last call has ``more`` False and comes before the returned future is done; ``None``: it has come already.
-        ``still_wanted``: once it is False nothing more is held for the caller.
+        ``still_wanted``: once it is False nothing more is held for the caller. ``excluded``: nodes that have been asked
+        already, and what that did by position of the key in ``failed``.
         """
         here = set(have)
         missing = [i for i in range(len(keys)) if i not in here]
@@ -260,7 +265,10 @@ class CacheService:
             elif len(settled) == 1:
                 loop.call_soon(flush)  # together with what else this turn of the loop brings
 
-        return self.fetcher.fetch(namespace, [keys[i] for i in missing], deadline_s, on_fetched)
+        worst = {position: failed[i] for position, i in enumerate(missing) if i in failed} if failed else None
+        return self.fetcher.fetch(
+            namespace, [keys[i] for i in missing], deadline_s, on_fetched, excluded=excluded, worst=worst
+        )
 
     def _settle(
         self, namespace: int, keys: Sequence[bytes], batch: list[tuple[int, Status]], holder: Hashable, *, more: bool
@@ -401,6 +409,34 @@ class CacheService:
                 wanted = False
                 await asyncio.gather(*copies)
         return Done(bytes(statuses), bytes(sources), moved[Source.LOCAL], moved[Source.PEER])
+
+    def on_landed(self, landed: Landed) -> None:
+        """A pull of the lane's has ended: tell peers what is here now, and whoever waited for it; count."""
+        self._publish()
+        if self.fetcher is None:
+            return
+        if landed.keys:
+            self.fetcher.landed_elsewhere(landed.namespace, landed.keys, landed.statuses)
+        silent = landed.code is Code.STALLED and not landed.blocks
+        self.fetcher.count_elsewhere(
+            landed.node,
+            PullCounts(landed.blocks, landed.bytes_moved, landed.failed, landed.rejected, landed.missed),
+            silent=silent,
+            reason=landed.reason,
+        )
+
+    def totals(self) -> ServiceStats:
+        """All counters since the start, those of the lane included."""
+        if self.lane is None:
+            return self.stats
+        by_itself = self.lane.counters()
+        return msgspec.structs.replace(
+            self.stats,
+            **{
+                name: getattr(self.stats, name) + by_itself[name]
+                for name in ("hits_local", "bytes_local", "hits_peer", "bytes_peer")
+            },
+        )
 
     # --- ownership ---
 

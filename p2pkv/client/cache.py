@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from p2pkv import _native
-from p2pkv.client.connection import Connection, Stream
+from p2pkv.client.channel import Stream
+from p2pkv.client.connection import Connection
 from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument, P2PKVError, Unavailable
 from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
 from p2pkv.wire.engine import (
@@ -142,9 +143,10 @@ class Cache:
         started = time.monotonic()
         deadline = started + deadline_ms / 1000
         statuses = [Status.TIMEOUT] * len(keys)
+        connection: Connection | None = None
         try:
             connection = self._client.connection(deadline)
-            with Stream(connection, Get(self.namespace, list(keys), deadline_ms), deadline=deadline) as stream:
+            with Stream(connection.lane, Get(self.namespace, list(keys), deadline_ms), deadline=deadline) as stream:
                 more = True
                 while more:
                     part = stream.next()
@@ -156,6 +158,8 @@ class Cache:
             pass
         except Unavailable:
             statuses = [s if s is Status.OK else Status.LOST for s in statuses]
+            if connection is not None and connection.lane.broken is not None:
+                connection.close("its channel for gets has ended")  # one does not come without the other
         return statuses
 
     @staticmethod
@@ -175,7 +179,7 @@ class Cache:
                     status = Status.LOST
             statuses[index] = status
         if part.lease:
-            connection.notify(ReleaseLease(part.lease))
+            connection.lane.notify(ReleaseLease(part.lease))
             # The agent counts ttl_ms from when the request reached it, which was after `started`: if that much time has
             # passed (this process was stopped), the slots may have been reused while they were copied.
             if time.monotonic() - started >= part.ttl_ms / 1000:

@@ -16,7 +16,8 @@ import time
 from typing import Final
 
 from p2pkv.client.cache import Cache, Region
-from p2pkv.client.connection import Connection, OnAnswer
+from p2pkv.client.channel import OnAnswer
+from p2pkv.client.connection import Connection
 from p2pkv.client.jobs import JobKind, JobResult, Jobs
 from p2pkv.config import default_socket_path
 from p2pkv.errors import AgentUnavailable, InvalidArgument, P2PKVError

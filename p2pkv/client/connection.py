@@ -1,53 +1,24 @@
-"""One connection to the agent: requests out, answers in, shared by threads without a thread of its own.
+"""A client's connection to its agent: the introduction, the agent's arena mapped read-only, and two channels.
 
-Whoever waits for an answer reads the socket for everybody (leader and followers): the first waiter polls the socket
-with the lock released, hands each frame to whom it belongs, and passes the lead on when its own answer is there. With
-one thread that is a plain send and receive. Nothing here waits longer than the deadline it was given.
+The control channel carries everything; GET has a channel of its own where the agent offers one (``lane``), which it
+answers without going through its event loop.
 """
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
-import select
 import socket
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Final
 
-import msgspec
-
-from p2pkv.errors import AgentUnavailable, Busy, DeadlineExceeded, P2PKVError, RemoteProtocolError
-from p2pkv.wire.engine import CODEC, Attach, EngineError, Got, Ready, ReleaseLease
+from p2pkv.client.channel import Channel
+from p2pkv.errors import AgentUnavailable, RemoteProtocolError
+from p2pkv.wire.engine import CODEC, Attach, EngineError, Ready
 from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, FrameDecoder
 
-RECV_BYTES: Final = 16 << 10
-"""CPython allocates this much for every receive; much more would be mapped and unmapped each time."""
-IN_FLIGHT_MAX: Final = 256
-"""Unanswered requests; the agent's own default bound is the same."""
 
-Message = msgspec.Struct
-OnAnswer = Callable[[Message], None]
-
-
-class Inbox:
-    """Where the answers to one blocking request arrive. Guarded by the connection's lock."""
-
-    __slots__ = ("messages",)
-
-    def __init__(self) -> None:
-        self.messages: deque[Message] = deque()
-
-
-class Connection:
-    """A connected, introduced socket and the agent's arena mapped read-only. Thread-safe.
-
-    Once broken it stays broken: :attr:`broken` says why, every waiter gets :class:`AgentUnavailable`, and the callbacks
-    of submitted requests that were not answered are left in :meth:`take_lost`.
-    """
+class Connection(Channel):
+    """A connected, introduced socket and the agent's arena mapped read-only. Thread-safe."""
 
     def __init__(self, path: str, *, name: str, deadline: float) -> None:
         """Connect and introduce ourselves.
@@ -55,290 +26,64 @@ class Connection:
         Raises:
             AgentUnavailable: nobody listens there, or it does not answer by ``deadline`` (``time.monotonic()``).
         """
-        self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)
-        self._send_lock = threading.Lock()
-        self._reading = False
-        self._decoder = FrameDecoder()
-        self._ids = itertools.count(1)
-        self._inboxes: dict[int, Inbox] = {}
-        self._callbacks: dict[int, OnAnswer] = {}
-        self.broken: AgentUnavailable | None = None
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            self.ready, descriptor = self._introduce(path, name, deadline)
+            self.ready, descriptors = _introduce(sock, path, name, deadline)
         except BaseException:
-            self._sock.close()
+            sock.close()
             raise
+        super().__init__(sock)
+        self.lane: Channel = self
+        """Where GETs go."""
         try:
-            self.arena = memoryview(mmap.mmap(descriptor, self.ready.arena_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
+            self.arena = memoryview(mmap.mmap(descriptors[0], self.ready.arena_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
         finally:
-            os.close(descriptor)
-        self._sock.setblocking(False)
-        self._poll = select.poll()
-        self._poll.register(self._sock, select.POLLIN)
-
-    def _introduce(self, path: str, name: str, deadline: float) -> tuple[Ready, int]:
-        sock = self._sock
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
-        descriptors: list[int] = []
-        try:
-            sock.connect(path)
-            sock.sendall(CODEC.encode(Attach(PROTOCOL_MIN, PROTOCOL_MAX, name, os.getpid()), 1))
-            decoder = FrameDecoder()
-            while True:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                data, fds, _, _ = socket.recv_fds(sock, 4096, 4)
-                descriptors += fds
-                if not data:
-                    raise AgentUnavailable("the agent closed the connection at once", socket=path)
-                for frame in decoder.feed(data):
-                    answer = CODEC.decode(frame)
-                    if isinstance(answer, Ready) and len(descriptors) == 1:
-                        return answer, descriptors.pop()
-                    reason = answer.message if isinstance(answer, EngineError) else type(answer).__name__
-                    raise AgentUnavailable("the agent refuses this client", socket=path, reason=reason)
-        except TimeoutError as error:
-            raise AgentUnavailable("the agent does not answer", socket=path) from error
-        except RemoteProtocolError as error:
-            raise AgentUnavailable(
-                "what listens on the socket is no agent of this version", socket=path, reason=error.message
-            ) from error
-        except OSError as error:
-            raise AgentUnavailable(
-                "no agent listens on the socket",
-                socket=path,
-                reason=error.strerror,
-                hint="Start one with `p2pkv agent`, or set P2PKV_SOCKET.",
-            ) from error
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-
-    # --- asking ---
-
-    def request(self, message: Message, *, deadline: float, fds: tuple[int, ...] = ()) -> Message:
-        """Send one request and wait for its one answer.
-
-        Raises:
-            DeadlineExceeded: no answer in time; a later answer is dropped.
-            AgentUnavailable: the connection is or becomes broken.
-            P2PKVError: what the agent's ERROR means.
-        """
-        with Stream(self, message, deadline=deadline, fds=fds) as stream:
-            return stream.next()
-
-    def submit(self, message: Message, on_answer: OnAnswer) -> int:
-        """Send one request without waiting; ``on_answer`` is called by whoever reads the answer (:meth:`pump`).
-
-        Raises:
-            Busy: too many requests are unanswered, or the socket is full; nothing was sent.
-            AgentUnavailable: the connection is broken.
-        """
-        with self._lock:
-            request_id = self._new_id()
-            self._callbacks[request_id] = on_answer
-        try:
-            self._send(CODEC.encode(message, request_id), (), deadline=0.0)
-        except BaseException:
-            with self._lock:
-                self._callbacks.pop(request_id, None)
-            raise
-        return request_id
-
-    def notify(self, message: Message) -> None:
-        """Send a message that has no answer, if that is possible right now; never raises, never waits long."""
-        try:
-            self._send(CODEC.encode(message), (), deadline=time.monotonic() + 0.05)
-        except P2PKVError:
-            pass  # a lease that is not given back expires by itself
-
-    def pump(self) -> None:
-        """Take in whatever has arrived, without waiting."""
-        with self._lock:
-            if self._reading or self.broken is not None:
-                return
-            self._reading = True
-        self._read_once(0.0)
-
-    def wait_readable(self, timeout_s: float) -> None:
-        """Sleep until something arrives (or somebody else takes it in), at most ``timeout_s``."""
-        with self._lock:
-            if self.broken is not None:
-                return
-            if self._reading:
-                self._arrived.wait(timeout_s)
-                return
-            self._reading = True
-        self._read_once(timeout_s)
-
-    def take_lost(self) -> list[OnAnswer]:
-        """After the connection broke: the callbacks of requests that will never be answered."""
-        with self._lock:
-            lost = list(self._callbacks.values())
-            self._callbacks.clear()
-            return lost
+            os.close(descriptors[0])
+            if len(descriptors) > 1:
+                self.lane = Channel(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=descriptors[1]))
 
     def close(self, reason: str = "closed") -> None:
         """Break the connection on purpose."""
-        with self._lock:
-            self._break(reason)
+        super().close(reason)
+        if self.lane is not self:
+            self.lane.close(reason)
 
-    # --- inside ---
 
-    def _new_id(self) -> int:
-        if self.broken is not None:
-            raise self.broken
-        if len(self._inboxes) + len(self._callbacks) >= IN_FLIGHT_MAX:
-            raise Busy("too many unanswered requests", limit=IN_FLIGHT_MAX)
+def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tuple[Ready, list[int]]:
+    """Attach; returns what the agent says, and its descriptors: the arena's, and that of a channel for GETs if it has one."""
+    sock.settimeout(max(0.001, deadline - time.monotonic()))
+    descriptors: list[int] = []
+    try:
+        sock.connect(path)
+        sock.sendall(CODEC.encode(Attach(PROTOCOL_MIN, PROTOCOL_MAX, name, os.getpid()), 1))
+        decoder = FrameDecoder()
         while True:
-            request_id = next(self._ids) & 0xFFFFFFFF
-            if request_id and request_id not in self._inboxes and request_id not in self._callbacks:
-                return request_id
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data, fds, _, _ = socket.recv_fds(sock, 4096, 4)
+            descriptors += fds
+            if not data:
+                raise AgentUnavailable("the agent closed the connection at once", socket=path)
+            for frame in decoder.feed(data):
+                answer = CODEC.decode(frame)
+                if isinstance(answer, Ready) and 1 <= len(descriptors) <= 2:
+                    given, descriptors = descriptors, []
+                    return answer, given
+                reason = answer.message if isinstance(answer, EngineError) else type(answer).__name__
+                raise AgentUnavailable("the agent refuses this client", socket=path, reason=reason)
+    except TimeoutError as error:
+        raise AgentUnavailable("the agent does not answer", socket=path) from error
+    except RemoteProtocolError as error:
+        raise AgentUnavailable(
+            "what listens on the socket is no agent of this version", socket=path, reason=error.message
+        ) from error
+    except OSError as error:
+        raise AgentUnavailable(
+            "no agent listens on the socket",
+            socket=path,
+            reason=error.strerror,
+            hint="Start one with `p2pkv agent`, or set P2PKV_SOCKET.",
+        ) from error
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
-    def _send(self, data: bytes, fds: tuple[int, ...], *, deadline: float) -> None:
-        """Send a whole frame. A frame that was sent in part and cannot be finished breaks the connection."""
-        with self._send_lock:
-            view = memoryview(data)
-            sent = 0
-            while sent < len(view):
-                try:
-                    if fds:
-                        sent += socket.send_fds(self._sock, [view[sent:]], fds)
-                        fds = ()
-                    else:
-                        sent += self._sock.send(view[sent:], socket.MSG_NOSIGNAL)
-                    continue
-                except BlockingIOError:
-                    pass
-                except OSError as error:
-                    with self._lock:
-                        self._break(f"send failed: {error.strerror}")
-                    raise self._unavailable() from error
-                left = deadline - time.monotonic()
-                if sent:
-                    left = max(left, 1.0)  # the frame has begun: finish it, or give the connection up
-                if left <= 0 or not _writable(self._sock, left):
-                    if not sent:
-                        raise Busy("the agent does not read its socket")
-                    with self._lock:
-                        self._break("the agent stopped reading in the middle of a request")
-                    raise self._unavailable()
-
-    def _unavailable(self) -> AgentUnavailable:
-        return self.broken or AgentUnavailable("the connection is closed")
-
-    def _break(self, reason: str) -> None:
-        if self.broken is None:
-            self.broken = AgentUnavailable("the connection to the agent is gone", reason=reason)
-            self._sock.close()
-            self._arrived.notify_all()
-
-    def _read_once(self, timeout_s: float) -> None:
-        """As the leader: wait for bytes, take them in, dispatch, give up the lead. Enter with the lock released."""
-        data: bytes | None = None
-        reason = "the agent closed it"
-        try:
-            if timeout_s > 0:
-                self._poll.poll(timeout_s * 1000)
-            data = self._sock.recv(RECV_BYTES)
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError) as error:
-            data, reason = b"", str(error)
-        answered: list[tuple[OnAnswer, Message]] = []
-        unwanted: list[Message] = []
-        with self._lock:
-            self._reading = False
-            if data == b"":
-                self._break(reason)
-            elif data:
-                self._dispatch(data, answered, unwanted)
-            self._arrived.notify_all()
-        for on_answer, message in answered:
-            on_answer(message)
-        self.discard(unwanted)
-
-    def discard(self, messages: Iterable[Message]) -> None:
-        """Answers that nobody waits for any more: blocks that they hold are given back."""
-        for message in messages:
-            if isinstance(message, Got) and message.lease:
-                self.notify(ReleaseLease(message.lease))
-
-    def _dispatch(self, data: bytes, answered: list[tuple[OnAnswer, Message]], unwanted: list[Message]) -> None:
-        try:
-            for frame in self._decoder.feed(data):
-                message = CODEC.decode(frame)
-                if (inbox := self._inboxes.get(frame.request_id)) is not None:
-                    inbox.messages.append(message)
-                elif (on_answer := self._callbacks.pop(frame.request_id, None)) is not None:
-                    answered.append((on_answer, message))
-                else:
-                    unwanted.append(message)
-        except RemoteProtocolError as error:
-            self._break(str(error))
-
-
-class Stream:
-    """A blocking request whose answer may come in several parts. Use as a context manager."""
-
-    def __init__(self, connection: Connection, message: Message, *, deadline: float, fds: tuple[int, ...] = ()) -> None:
-        self._connection = connection
-        self._deadline = deadline
-        with connection._lock:
-            self._id = connection._new_id()
-            self._inbox = connection._inboxes[self._id] = Inbox()
-        try:
-            connection._send(CODEC.encode(message, self._id), fds, deadline=deadline)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._connection._lock:
-            self._connection._inboxes.pop(self._id, None)
-        self._connection.discard(self._inbox.messages)
-
-    def next(self) -> Message:
-        """Wait for the next part; raises as :meth:`Connection.request` does."""
-        connection = self._connection
-        while True:
-            with connection._lock:
-                if self._inbox.messages:
-                    message = self._inbox.messages.popleft()
-                    break
-                if connection.broken is not None:
-                    raise connection.broken
-                left = self._deadline - time.monotonic()
-                if left <= 0:
-                    raise DeadlineExceeded("the agent did not answer in time")
-                if connection._reading:
-                    connection._arrived.wait(left)
-                    continue
-                connection._reading = True
-            connection._read_once(left)
-        if isinstance(message, EngineError):
-            raise to_error(message)
-        return message
-
-
-def to_error(error: EngineError) -> P2PKVError:
-    """The exception that an ERROR from the agent stands for."""
-    from p2pkv.errors import InvalidArgument, LayoutMismatch
-
-    if error.code == "layout":
-        return LayoutMismatch(error.message, fields=tuple(error.fields))
-    if error.code == "invalid":
-        return InvalidArgument(error.message)
-    if error.code in ("busy", "draining"):
-        return Busy(error.message)
-    return P2PKVError(error.message)
-
-
-def _writable(sock: socket.socket, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(sock, select.POLLOUT)
-    return bool(poll.poll(timeout_s * 1000))

@@ -295,6 +295,11 @@ class PrefixIndex:
             raise InvalidArgument(str(error)) from error
         return Match(packed, _key_count(keys))
 
+    @property
+    def lookup(self) -> object:
+        """For native code: a capsule through which it asks this index without Python (``core/lookup.hpp``)."""
+        return self._core.lookup
+
     def holders(self, keys: Buffer, *, limit: int = HOLDERS_MAX, start: int | None = None) -> Holders:
         if start is None:
             start = next(self._turn) % max(1, self._core.top)

@@ -21,7 +21,7 @@ nb::list drain(Lane& lane) {
         for (const std::string& key : e.keys) keys.append(nb::bytes(key.data(), key.size()));
         out.append(nb::make_tuple(static_cast<int>(e.kind), e.connection, e.request_id, e.space, keys,
                                   to_bytes(e.statuses), to_bytes(e.settled), e.asked_at, e.deadline, e.node,
-                                  static_cast<int>(e.code), e.blocks, e.rejected, e.missed, e.bytes, e.waited_s,
+                                  static_cast<int>(e.code), e.blocks, e.failed, e.rejected, e.missed, e.bytes, e.waited_s,
                                   nb::bytes(e.detail.data(), e.detail.size())));
     }
     return out;

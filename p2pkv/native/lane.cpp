@@ -479,6 +479,7 @@ void Lane::on_end(Pull& pull, IoEvent event) {
     landed.node = pull.node;
     landed.code = event.code;
     landed.blocks = came.size();
+    landed.failed = pull.indices.size() - came.size();
     landed.waited_s = event.waited_s;
     landed.detail = std::move(event.detail);
     events_.push(std::move(landed));

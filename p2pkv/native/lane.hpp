@@ -41,7 +41,7 @@ struct LaneEvent {
     double asked_at = 0, deadline = 0;    // CLOCK_MONOTONIC, seconds
     uint64_t node = 0;                    // whom the lane had asked; 0 = nobody
     Code code = Code::ok;                 // how that ended
-    uint64_t blocks = 0, rejected = 0, missed = 0, bytes = 0;  // landed
+    uint64_t blocks = 0, failed = 0, rejected = 0, missed = 0, bytes = 0;  // landed; rejected and missed: of `failed`
     double waited_s = 0;                  // landed: until the first byte; 0 = none came
     std::string detail;
 };

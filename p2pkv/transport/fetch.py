@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -72,6 +72,16 @@ OnFetched = Callable[[int, Status], None]
 _SILENT: Final = frozenset({Status.TIMEOUT, Status.UNREACHABLE})
 
 
+class PullCounts(NamedTuple):
+    """How a pull ended, in blocks; ``rejected`` and ``missed`` are part of ``failed``."""
+
+    pulled: int
+    bytes_moved: int
+    failed: int
+    rejected: int
+    missed: int
+
+
 class FetchStats(msgspec.Struct):
     """Counters since the start."""
 
@@ -91,6 +101,7 @@ class Fetcher(Generic[P]):
     Args:
         heard_at: when (on ``clock``) something was last heard from a node, apart from answers to pulls.
         blocks_max: being pulled at once; more are answered BUSY.
+        watch: whether somebody else (the lane) is pulling this block now; :meth:`landed_elsewhere` follows if so.
     """
 
     def __init__(
@@ -102,7 +113,10 @@ class Fetcher(Generic[P]):
         heard_at: Callable[[int], float],
         clock: Callable[[], float] = time.monotonic,
         blocks_max: int = 65_536,
+        watch: Callable[[int, bytes], bool] = lambda namespace, key: False,
     ) -> None:
+        self._watch = watch
+        self._elsewhere: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
         self._landing = landing
         self._holders = holders
         self._transport = transport
@@ -133,16 +147,57 @@ class Fetcher(Generic[P]):
         """Blocks being pulled."""
         return len(self._flights)
 
+    def landed_elsewhere(self, namespace: int, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
+        """What became of blocks that were watched."""
+        for key, status in zip(keys, statuses, strict=True):
+            flight = self._elsewhere.pop((namespace, key), None)
+            if flight is not None and not flight.done():
+                flight.set_result(status)
+
+    def count_elsewhere(self, node: int, counts: PullCounts, *, silent: bool, reason: str) -> None:
+        """Take into account a pull that was made elsewhere. ``silent``: the node did not answer at all."""
+        self.stats.pulls += 1
+        self.stats.blocks_pulled += counts.pulled
+        self.stats.bytes_pulled += counts.bytes_moved
+        if silent:
+            self.suspect(node)
+        if counts.failed:
+            self.count_failures(node, counts, reason)
+
+    def count_failures(self, node: int, counts: PullCounts, reason: str) -> None:
+        """Count and log a pull that did not give everything."""
+        stats = self.stats
+        stats.pulls_failed += 1
+        stats.blocks_failed += counts.failed
+        stats.blocks_rejected += counts.rejected
+        stats.blocks_missed_at_holder += counts.missed
+        if counts.rejected:
+            log.warning("%d block(s) from %016x failed their checksum and were discarded", counts.rejected, node)
+        elif reason:
+            total = counts.pulled + counts.failed
+            log.info("a pull from %016x gave %d of %d blocks: %s", node, counts.pulled, total, reason)
+
     def fetch(
-        self, namespace: int, hashes: Sequence[bytes], deadline_s: float, on_fetched: OnFetched
+        self,
+        namespace: int,
+        hashes: Sequence[bytes],
+        deadline_s: float,
+        on_fetched: OnFetched,
+        *,
+        excluded: Iterable[int] = (),
+        worst: Mapping[int, Status] | None = None,
     ) -> asyncio.Task[None]:
         """Begin to fetch blocks that are not here; the task ends when every one has been reported.
 
         The task belongs to the fetcher: wait for it, do not cancel it. Others may have joined what it pulls, and a slot
         that bytes are on their way to must not be given back; it has a deadline of its own.
+
+        ``excluded``: nodes that have been asked already. ``worst``: by position, what they did.
         """
         loop = asyncio.get_running_loop()
         fetch = _Fetch(self, namespace, list(hashes), loop.time() + deadline_s, on_fetched)
+        fetch.failed_nodes.update(excluded)
+        fetch.worst.update(worst or {})
         task = loop.create_task(fetch.run())
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -176,8 +231,8 @@ class _Fetch(Generic[P]):
             if (twin := first.setdefault(key, i)) != i:
                 self._twins.setdefault(twin, []).append(i)
         self._left = dict.fromkeys(first.values())  # an ordered set
-        self._failed_nodes: set[int] = set()
-        self._worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
+        self.failed_nodes: set[int] = set()
+        self.worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
@@ -192,7 +247,7 @@ class _Fetch(Generic[P]):
                 await self._round(pulls, joined)
         finally:
             for i in list(self._left):
-                self._report(i, self._worst.get(i, Status.TIMEOUT))
+                self._report(i, self.worst.get(i, Status.TIMEOUT))
 
     def _report(self, i: int, status: Status) -> None:
         if i in self._left:
@@ -217,21 +272,21 @@ class _Fetch(Generic[P]):
         if not wanted:
             return []
         holders = fetcher._holders(self._namespace, [self._hashes[i] for i in wanted])
-        runs, nobody = assign(holders, lambda node: 0.0, self._failed_nodes | fetcher.silent_nodes())
+        runs, nobody = assign(holders, lambda node: 0.0, self.failed_nodes | fetcher.silent_nodes())
         for position in nobody:
             i = wanted[position]
-            self._report(i, self._worst.get(i, Status.MISS))
+            self._report(i, self.worst.get(i, Status.MISS))
         pulls: list[_Pull[P]] = []
         for node, positions in runs.items():
             pull: _Pull[P] = _Pull(node)
             for position in positions:
                 i = wanted[position]
-                self._reserve(i, pull)
+                self._reserve(i, pull, joined)
             if pull.indices:
                 pulls.append(pull)
         return pulls
 
-    def _reserve(self, i: int, pull: _Pull[P]) -> None:
+    def _reserve(self, i: int, pull: _Pull[P], joined: dict[int, asyncio.Future[Status]]) -> None:
         fetcher = self._fetcher
         if len(fetcher._flights) >= fetcher._blocks_max:
             self._report(i, Status.BUSY)
@@ -239,6 +294,10 @@ class _Fetch(Generic[P]):
         place = fetcher._landing.reserve(self._namespace, self._hashes[i])
         if place is Status.EXISTS:
             self._report(i, Status.OK)
+        elif place is Status.BUSY and fetcher._watch(self._namespace, self._hashes[i]):
+            name = (self._namespace, self._hashes[i])
+            joined[i] = fetcher._elsewhere.setdefault(name, self._loop.create_future())
+            fetcher.stats.flights_joined += 1
         elif isinstance(place, Status):
             self._report(i, place)
         else:
@@ -309,28 +368,18 @@ class _Fetch(Generic[P]):
 
     def _judge(self, pull: _Pull[P], result: PullResult) -> None:
         """Count how it went; a node that did not give everything is not asked again by this fetch."""
-        stats = self._fetcher.stats
         bad = [status for status in result.statuses if status is not Status.OK]
         if not bad:
             return
-        self._failed_nodes.add(pull.node)
+        self.failed_nodes.add(pull.node)
         # That the caller's own deadline was too short says nothing about the node.
         in_time = self._loop.time() < self._deadline
         if in_time and not result.bytes_moved and any(status in _SILENT for status in bad):
             self._fetcher.suspect(pull.node)
-        stats.pulls_failed += 1
-        stats.blocks_failed += len(bad)
-        stats.blocks_rejected += sum(status is Status.REJECTED for status in bad)
-        stats.blocks_missed_at_holder += sum(status is Status.MISS for status in bad)
-        if any(status is Status.REJECTED for status in bad):
-            log.warning(
-                "%d block(s) from %016x failed their checksum and were discarded",
-                sum(status is Status.REJECTED for status in bad),
-                pull.node,
-            )
-        elif result.reason:
-            log.info("a pull from %016x gave %d of %d blocks: %s", pull.node, len(result.statuses) - len(bad),
-                     len(result.statuses), result.reason)  # fmt: skip
+        rejected = sum(status is Status.REJECTED for status in bad)
+        missed = sum(status is Status.MISS for status in bad)
+        good = len(result.statuses) - len(bad)
+        self._fetcher.count_failures(pull.node, PullCounts(good, 0, len(bad), rejected, missed), result.reason)
 
     def _land(self, i: int, status: Status) -> None:
         flight = self._fetcher._flights.pop((self._namespace, self._hashes[i]), None)
@@ -339,7 +388,7 @@ class _Fetch(Generic[P]):
         if status is Status.OK:
             self._report(i, status)
         else:
-            self._worst[i] = status
+            self.worst[i] = status
 
 
 class _Pull(Generic[P]):

@@ -168,6 +168,11 @@ class Movers:
             raise Busy("too many transfers at once", limit=TRANSFERS_MAX)
         return future
 
+    @property
+    def receiver(self) -> _native.IoEngine:
+        """The thread that receives, for native code that submits transfers of its own."""
+        return self._receiver
+
     def cancel_receives(self) -> None:
         """End every receive under way as cancelled; their futures follow when the I/O thread has let go of them."""
         for job, transfer in self._transfers.items():
