@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from p2pkv import _native
 from p2pkv.agent.identity import Identity
 from p2pkv.agent.ipc import EngineServer
+from p2pkv.agent.lane import EngineLane
 from p2pkv.agent.populate import Populator
 from p2pkv.agent.service import CacheService
 from p2pkv.agent.transports import Transports
@@ -171,6 +173,7 @@ class Agent:
             holders=self.service.holders,
             transport=self.transports.pick,
             heard_at=self._heard_at,
+            watch=lambda namespace, key: self.lane is not None and self.lane.watch(namespace, key),
         )
         exits.push_async_callback(self.service.fetcher.stop)
         exits.push_async_callback(self.transports.stop)
@@ -179,6 +182,22 @@ class Agent:
         self.network.on_peer_change = self._on_peer_change
         await self.network.start()
         exits.push_async_callback(self.network.stop)
+        self.lane: EngineLane | None = None
+        if config.engine.short_way:
+            native = _native.Lane(
+                self.store.core,
+                self.movers.receiver,
+                self.transports.tcp.pool,
+                self.index.lookup,
+                arena=self.arena.base_address,
+                lease_ttl_s=lease_ttl_s,
+                stall_s=config.transport.stall_ms / 1000,
+                pull_bytes_max=parse_size(config.transport.stream_bytes, key="transport.stream_bytes"),
+                in_flight_max=config.engine.in_flight_max,
+            )
+            self.lane = self.service.lane = EngineLane(native, self.service.on_landed)
+            self.lane.start()
+            exits.callback(self.lane.stop)
         self.engines = EngineServer(
             self.service,
             path=config.socket_path,
@@ -186,6 +205,7 @@ class Agent:
             connections_max=config.engine.connections_max,
             in_flight_max=config.engine.in_flight_max,
             regions_max=config.engine.regions_max,
+            lane=self.lane,
         )
         await self.engines.start()
         exits.push_async_callback(self.engines.stop)
@@ -246,6 +266,8 @@ class Agent:
         self.ready = False
         self.draining = self.engines.draining = True
         log.info("draining")
+        if self.lane is not None:
+            self.lane.drain()
         self.network.leave()
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (self.engines.in_flight or self._leases()):

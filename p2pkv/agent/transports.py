@@ -67,6 +67,7 @@ class Transports:
             idle_connections=settings.idle_connections,
             stall_s=settings.stall_ms / 1000,
             lease_ttl_s=lease_ttl_s,
+            slot_of=network.node_slot,
         )
         ucx = {}
         if settings.nixl_devices:
@@ -131,6 +132,12 @@ class Transports:
 
     def pick(self, node: int) -> Transport:
         """The transport for a pull from this node, now."""
+        transport = self._pick(node)
+        if transport is not self.tcp:
+            self.tcp.pool.drop(node)  # left over from before: native code takes idle TCP connections without asking us
+        return transport
+
+    def _pick(self, node: int) -> Transport:
         if self.nixl is None or not self.nixl.ready:
             return self.tcp
         peer = self._network.peer(node)

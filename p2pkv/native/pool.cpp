@@ -17,7 +17,7 @@ void Pool::give(uint64_t node, uint32_t slot, int fd) {
     Peer& peer = peers_[node];
     if (peer.slot != slot) node_of_slot_.erase(peer.slot);
     peer.slot = slot;
-    node_of_slot_[slot] = node;
+    if (slot != 0) node_of_slot_[slot] = node;
     if (peer.idle.size() >= per_node_) {
         close(peer.idle.front());
         peer.idle.pop_front();

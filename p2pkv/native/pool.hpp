@@ -20,8 +20,8 @@ class Pool {
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    // Keep a connection that nothing is under way on. `slot`: the node's place in the index, for take_slot; it stays the
-    // node's for as long as the node has connections here. The oldest goes when there are too many.
+    // Keep a connection that nothing is under way on. `slot`: the node's place in the index, for take_slot (0: none); it
+    // stays the node's for as long as the node has connections here. The oldest goes when there are too many.
     void give(uint64_t node, uint32_t slot, int fd);
     int take(uint64_t node);
     Taken take_slot(uint32_t slot);

@@ -3,9 +3,10 @@
 Reader: GET on a pooled data connection (several at once when a batch is large), the answer is received by the native
 I/O thread, block by block, each proven by its checksum while it is hot in the cache; then RELEASE.
 
-Owner: GET pins the blocks, answers with GOT and the payloads by ``sendfile``. Zero-copy sends keep *references* to the
-arena's pages in the socket queue, so "sent" does not mean "read": the lease is held until the reader's RELEASE, its
-next GET on that connection, the connection's end, or the lease's expiry, whichever comes first.
+Owner: GET pins the blocks, answers with GOT and the payloads by ``sendfile``, all of it on a native thread
+(``p2pkv/native/server.hpp``). Zero-copy sends keep *references* to the arena's pages in the socket queue, so "sent" does
+not mean "read": the lease is held until the reader's RELEASE, its next GET on that connection, the connection's end, or
+the lease's expiry, whichever comes first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
+from p2pkv import _native
 from p2pkv.errors import Busy, P2PKVError, PeerUnavailable, RemoteProtocolError, Unavailable
 from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResult
 from p2pkv.transport.movers import Code, Moved, Movers, OnBlocks
@@ -51,10 +53,11 @@ class TcpTransport:
     Args:
         movers: the process's native threads.
         arena: where blocks are sent from and received into.
-        source: pins and releases local blocks for peers.
+        server: answers the data connections of peers; stopped with the transport.
         open_data: dials a peer's data connection.
         streams, stream_bytes: a pull uses one connection for each ``stream_bytes``, at most ``streams``.
-        idle_connections: kept per peer.
+        idle_connections: kept per peer, in :attr:`pool`, from which native code takes them too.
+        slot_of: a node's place in the index, by which native code finds its connections; None = it has none.
         stall_s: a pull without progress for so long is given up.
     """
 
@@ -65,32 +68,33 @@ class TcpTransport:
         *,
         movers: Movers,
         arena: ArenaMemory,
-        source: BlockSource,
+        server: _native.Server,
         open_data: OpenData,
         streams: int = 4,
         stream_bytes: int = 8 << 20,
         idle_connections: int = 8,
         stall_s: float = 0.5,
         lease_ttl_s: float = 10.0,
+        slot_of: Callable[[int], int | None] = lambda node: None,
     ) -> None:
         self._movers = movers
         self._arena = arena
-        self._source = source
+        self._server = server
         self._open_data = open_data
         self._streams = streams
         self._stream_bytes = stream_bytes
-        self._idle_connections = idle_connections
         self._stall_s = stall_s
         self._lease_ttl_s = lease_ttl_s
         self._patience = Patience(stall_s)
-        self._idle: dict[int, deque[socket.socket]] = {}
-        self._serving: set[_Serving] = set()
+        self._slot_of = slot_of
+        self.pool = _native.Pool(idle_connections, stall_s)
+        """Idle data connections."""
         self._dialing: set[asyncio.Timeout] = set()
         self._stopped = False
-        self.bytes_served = 0
 
     async def start(self) -> None:
-        """Nothing to make ready: connections are dialled when first needed."""
+        """Listen to what the server has to say; connections are dialled when first needed."""
+        asyncio.get_running_loop().add_reader(self._server.fd, self._on_server_events)
 
     async def stop(self) -> None:
         """End pulls in flight, close idle and served connections."""
@@ -98,16 +102,15 @@ class TcpTransport:
         for dialing in self._dialing:
             dialing.reschedule(0.0)
         self._movers.cancel_receives()
-        for node in list(self._idle):
-            self.peer_gone(node)
-        for serving in list(self._serving):
-            serving.close()
+        self.pool.clear()
+        self._server.stop()
+        asyncio.get_running_loop().remove_reader(self._server.fd)
+        self._on_server_events()
 
     def peer_gone(self, node: int) -> None:
         """Close the idle connections to a node."""
         self._patience.forget(node)
-        for sock in self._idle.pop(node, ()):
-            sock.close()
+        self.pool.drop(node)
 
     # --- reader ---
 
@@ -210,8 +213,9 @@ class TcpTransport:
                 sock.close()
 
     def _idle_connection(self, node: int) -> socket.socket | None:
-        idle = self._idle.get(node)
-        return idle.pop() if idle else None
+        fd = self.pool.take(node)
+        # The family is only for people to read; without it the constructor would ask the kernel for everything.
+        return None if fd < 0 else socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)
 
     def _give_back(self, node: int, sock: socket.socket) -> None:
         try:
@@ -219,153 +223,32 @@ class TcpTransport:
         except OSError:
             sock.close()  # the owner sees the close and releases
             return
-        idle = self._idle.setdefault(node, deque())
-        if len(idle) >= self._idle_connections:
-            idle.popleft().close()
-        idle.append(sock)
+        if self._stopped:
+            sock.close()
+            return
+        self.pool.give(node, self._slot_of(node) or 0, sock.detach())
 
     # --- owner ---
 
+    @property
+    def bytes_served(self) -> int:
+        """Payload bytes that were sent to peers."""
+        return self._server.bytes_served
+
     def accept(self, sock: socket.socket, node: int, leftover: bytes = b"", *, same_host: bool = False) -> None:
-        """Serve a data connection that ``node`` opened; takes the non-blocking socket over.
+        """Have a data connection that ``node`` opened served; takes the non-blocking socket over.
 
         ``same_host``: the reader runs on this machine: blocks are copied into the socket, not sent by reference.
         """
-        _Serving(self, sock, node, self._arena.base_address if same_host else 0).start(leftover)
+        if not self._server.add(sock.detach(), node, same_host, leftover):
+            log.warning("data connection of %016x is refused: this agent has too many, or stops", node)
+
+    def _on_server_events(self) -> None:
+        for node, text in self._server.drain():
+            log.warning("data connection of %016x is closed: %s", node, text)
 
 
 _STATUSES: Final = frozenset(Status)
-
-
-class _Serving:
-    """The owner's side of one data connection: one request at a time, one lease at a time."""
-
-    def __init__(self, transport: TcpTransport, sock: socket.socket, node: int, mapping: int) -> None:
-        self._transport = transport
-        self._mapping = mapping
-        self._sock = sock
-        self._node = node
-        self._decoder = FrameDecoder(REQUEST_BYTES_MAX)
-        self._frames: deque[Frame] = deque()
-        self._lease = 0
-        self._sending: asyncio.Future[Moved] | None = None
-        self._closed = False
-        self._loop = asyncio.get_running_loop()
-
-    def start(self, leftover: bytes) -> None:
-        self._transport._serving.add(self)
-        self._loop.add_reader(self._sock.fileno(), self._on_readable)
-        if leftover:
-            self._on_bytes(leftover)
-
-    def close(self) -> None:
-        """Give the lease back and close; while the I/O thread still has the socket, that waits for it to let go."""
-        if self._closed:
-            return
-        if self._sending is not None:
-            self._sock.shutdown(socket.SHUT_RDWR)  # ends the transfer; _on_sent closes
-            return
-        self._closed = True
-        self._loop.remove_reader(self._sock.fileno())
-        self._sock.close()
-        self._release()
-        self._transport._serving.discard(self)
-
-    def _release(self) -> None:
-        if self._lease:
-            self._transport._source.release(self._lease, self._node)
-            self._lease = 0
-
-    def _on_readable(self) -> None:
-        try:
-            data = self._sock.recv(RECV_BYTES)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if data:
-            self._on_bytes(data)
-        else:
-            self.close()
-
-    def _on_bytes(self, data: bytes) -> None:
-        try:
-            self._frames.extend(self._decoder.feed(data))
-            self._serve()
-        except RemoteProtocolError as error:
-            log.warning("data connection of %016x is closed: %s", self._node, error)
-            self._refuse("protocol", str(error))
-            self.close()
-
-    def _serve(self) -> None:
-        while self._frames and self._sending is None and not self._closed:
-            message = CODEC.decode(self._frames.popleft())
-            self._release()  # whatever comes next means that the reader is done with the last answer
-            if isinstance(message, Get):
-                self._answer(message)
-            elif not isinstance(message, Release):
-                raise RemoteProtocolError(
-                    "only GET and RELEASE belong on a data connection", got=type(message).__name__
-                )
-        if len(self._frames) > 16:
-            raise RemoteProtocolError("a data connection carries one request at a time", queued=len(self._frames))
-
-    def _answer(self, get: Get) -> None:
-        transport = self._transport
-        ttl_s = min(get.ttl_ms / 1000, transport._lease_ttl_s)
-        try:
-            held = transport._source.pin(get.namespace, get.hashes, ttl_s, self._node)
-        except P2PKVError as error:
-            self._refuse("busy" if isinstance(error, Unavailable) else "namespace", str(error))
-            return
-        self._lease = held.lease
-        records = bytearray()
-        runs: list[tuple[int, int]] = []
-        for block in held.blocks:
-            if block is None:
-                records += _MISS_RECORD
-                continue
-            records += GOT_RECORD.pack(Status.OK, block.length, block.generation, block.checksum)
-            if runs and runs[-1][0] + runs[-1][1] == block.offset:
-                runs[-1] = (runs[-1][0], runs[-1][1] + block.length)
-            else:
-                runs.append((block.offset, block.length))
-        header = HEADER.pack(len(records), FRAME_VERSION, PeerType.GOT, 0, 0) + records
-        try:
-            self._sending = transport._movers.send(
-                self._sock,
-                header,
-                transport._arena.fd,
-                runs,
-                deadline_s=held.ttl_s,
-                stall_s=held.ttl_s,
-                mapping=self._mapping,
-            )
-        except Busy as error:
-            self._release()
-            self._refuse("busy", str(error))
-            return
-        self._loop.remove_reader(self._sock.fileno())
-        self._sending.add_done_callback(self._on_sent)
-
-    def _on_sent(self, future: asyncio.Future[Moved]) -> None:
-        self._sending = None
-        if future.cancelled() or future.result().code is not Code.OK:
-            self._loop.remove_reader(self._sock.fileno())
-            self.close()
-            return
-        self._transport.bytes_served += future.result().bytes_moved
-        self._loop.add_reader(self._sock.fileno(), self._on_readable)
-        self._on_bytes(b"")
-
-    def _refuse(self, code: str, message: str) -> None:
-        try:
-            self._sock.send(CODEC.encode(PeerError(code, message[:1000])), socket.MSG_NOSIGNAL)
-        except OSError:
-            self.close()
-
-
-_MISS_RECORD: Final = GOT_RECORD.pack(Status.MISS, 0, 0, bytes(16))
 
 
 def split(lengths: Sequence[int], part_bytes: int, parts_max: int) -> list[tuple[int, int]]:
