@@ -89,3 +89,33 @@ class IoEngine:
 
     def stop(self) -> None:
         """End every transfer as cancelled and join the thread."""
+
+class Server:
+    """A thread that answers peers' GETs from the arena. ``fd`` becomes readable when :meth:`drain` has something.
+
+    ``arena_fd`` and the mapping at ``arena_base_address`` stay valid until :meth:`stop` has returned.
+    """
+
+    fd: int
+    active: int
+    bytes_served: int
+    blocks_served: int
+    gets: int
+    refused: int
+    protocol_errors: int
+    cut_off: int
+    connections_refused: int
+    leases_given: int
+    leases_held: int
+    def __init__(
+        self, store: Store, arena_fd: int, arena_base_address: int, lease_ttl_s: float, connections_max: int
+    ) -> None: ...
+    def add(self, fd: int, node: int, same_host: bool = False, leftover: bytes = b"") -> bool:
+        """Serve a connected, non-blocking socket, of which ``leftover`` has been read already; the descriptor is the
+        server's from here on. False: there are too many, or it was stopped; the descriptor is closed."""
+
+    def drain(self) -> list[tuple[int, str]]:
+        """(node, what it did wrong) for the log; at most some hundred are kept."""
+
+    def stop(self) -> None:
+        """Close every connection, give every lease back, join the thread."""

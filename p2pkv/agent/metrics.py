@@ -129,8 +129,21 @@ class AgentCollector(Collector):
         yield _counter("p2pkv_pulls_joined", "Blocks that waited for somebody else's pull.", stats.flights_joined)
         yield _gauge("p2pkv_pulls_in_flight_blocks", "Blocks being pulled now.", fetcher.in_flight)
         served = CounterMetricFamily("p2pkv_served_bytes", "Bytes sent to peers.", labels=["transport"])
-        served.add_metric(["tcp"], self._agent.transports.tcp.bytes_served)
+        server = self._agent.transports.server
+        served.add_metric(["tcp"], server.bytes_served)
         yield served
+        yield _counter("p2pkv_served_blocks", "Blocks sent to peers over tcp.", server.blocks_served)
+        yield _counter("p2pkv_served_requests", "Reads that peers asked for over tcp.", server.gets)
+        yield _counter("p2pkv_served_busy", "Of them, refused: the peer held as much as it may.", server.refused)
+        yield _counter(
+            "p2pkv_served_cut_off", "Answers that a peer did not take before its lease was over.", server.cut_off
+        )
+        yield _counter(
+            "p2pkv_data_protocol_errors", "Malformed frames on peers' data connections.", server.protocol_errors
+        )
+        yield _counter("p2pkv_data_refused", "Peers' data connections over the bound.", server.connections_refused)
+        yield _gauge("p2pkv_data_connections", "Data connections of peers.", server.active)
+        yield _gauge("p2pkv_served_leases", "Leases that peers hold by reads over tcp.", server.leases_held)
         nixl = self._agent.transports.nixl
         yield _gauge("p2pkv_nixl_ready", "1 while the NIXL process runs.", int(nixl is not None and nixl.ready))
         if nixl is not None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from p2pkv import _native
 from p2pkv.agent.same_host import nixl_is_faster
 from p2pkv.agent.service import CacheService
 from p2pkv.config import Transport as TransportSettings
@@ -31,6 +32,9 @@ from p2pkv.wire.peer import Hello
 log = logging.getLogger(__name__)
 
 STOP_S: Final = 3.0
+
+DATA_CONNECTIONS_MAX: Final = 4_096
+"""Of all peers together; an idle one is a descriptor and some hundred bytes."""
 
 
 def has_rdma() -> bool:
@@ -57,10 +61,14 @@ class Transports:
     ) -> None:
         self._settings = settings
         self._network = network
+        self.server = _native.Server(
+            service.store.core, arena.fd, arena.base_address, lease_ttl_s, DATA_CONNECTIONS_MAX
+        )
+        """Answers peers' reads over TCP."""
         self.tcp = TcpTransport(
             movers=movers,
             arena=arena,
-            source=service,
+            server=self.server,
             open_data=network.open_data,
             streams=settings.streams,
             stream_bytes=parse_size(settings.stream_bytes, key="transport.stream_bytes"),

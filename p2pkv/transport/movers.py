@@ -1,7 +1,7 @@
-"""asyncio face of the native threads: futures for copies, receives and sends.
+"""asyncio face of the native threads: futures for copies and receives.
 
 One instance per process. Everything here runs on the event loop's thread; the bytes move on native threads without the
-GIL. A socket handed to :meth:`Movers.receive` or :meth:`Movers.send` is the I/O thread's until the result is there.
+GIL. A socket handed to :meth:`Movers.receive` is the I/O thread's until the result is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from p2pkv.errors import Busy
 from p2pkv.types import CHECKSUM_BYTES
 
 TRANSFERS_MAX: Final = 4_096
-"""At once and per direction; each is a socket and some hundred bytes."""
+"""At once; each is a socket and some hundred bytes."""
 
 INLINE_BYTES_MAX: Final = 128 << 10
 """Copies up to this run on the loop's thread: about 20 us, less than waking another thread twice."""
@@ -82,12 +82,11 @@ class _Transfer(NamedTuple):
 
 
 class Movers:
-    """The native threads of one agent: copies, one I/O thread for receiving, one for sending."""
+    """The native threads of one agent that Python gives work to: copies, and one I/O thread for receiving."""
 
     def __init__(self, copy_threads: int = 2, partial_bytes: int = PARTIAL_BYTES) -> None:
         self._workers = _native.Workers(copy_threads)
         self._receiver = _native.IoEngine(TRANSFERS_MAX)
-        self._sender = _native.IoEngine(TRANSFERS_MAX)
         self._partial_bytes = partial_bytes
         self._ids = itertools.count(1)
         self._transfers: dict[int, _Transfer] = {}
@@ -99,20 +98,18 @@ class Movers:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._workers.fd, self._on_copied)
         self._loop.add_reader(self._receiver.fd, self._on_moved, self._receiver)
-        self._loop.add_reader(self._sender.fd, self._on_moved, self._sender)
 
     def stop(self) -> None:
         """End all transfers as cancelled, finish running copies, join the threads (milliseconds)."""
-        for engine in (self._receiver, self._sender):
-            engine.stop()
-            self._on_moved(engine)
+        self._receiver.stop()
+        self._on_moved(self._receiver)
         self._workers.stop()
         self._on_copied()
         for future in self._copies.values():
             future.cancel()
         self._copies.clear()
         if self._loop is not None:
-            for fd in (self._workers.fd, self._receiver.fd, self._sender.fd):
+            for fd in (self._workers.fd, self._receiver.fd):
                 self._loop.remove_reader(fd)
             self._loop = None
 
@@ -143,30 +140,6 @@ class Movers:
             del self._transfers[job]
             raise Busy("too many transfers at once", limit=TRANSFERS_MAX)
         return await self._settle(self._receiver, job, future)
-
-    def send(
-        self,
-        sock: socket.socket,
-        header: bytes,
-        file: int,
-        runs: Sequence[tuple[int, int]],
-        *,
-        deadline_s: float,
-        stall_s: float,
-        mapping: int = 0,
-    ) -> asyncio.Future[Moved]:
-        """Send ``header`` and (offset, length) runs of descriptor ``file``, or of its ``mapping`` at this address.
-
-        Raises:
-            Busy: too many transfers at once; nothing was sent.
-        """
-        job = next(self._ids)
-        future: asyncio.Future[Moved] = asyncio.get_running_loop().create_future()
-        self._transfers[job] = _Transfer(future, None)
-        if not self._sender.send(job, sock.fileno(), header, file, mapping, runs, deadline_s, stall_s):
-            del self._transfers[job]
-            raise Busy("too many transfers at once", limit=TRANSFERS_MAX)
-        return future
 
     @property
     def receiver(self) -> _native.IoEngine:

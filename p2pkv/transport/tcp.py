@@ -3,10 +3,10 @@
 Reader: GET on a pooled data connection (several at once when a batch is large), the answer is received by the native
 I/O thread, block by block, each proven by its checksum while it is hot in the cache; then RELEASE.
 
-Owner: GET pins the blocks, answers with GOT and the payloads by ``sendfile``, all of it on a native thread
-(``p2pkv/native/server.hpp``). Zero-copy sends keep *references* to the arena's pages in the socket queue, so "sent" does
-not mean "read": the lease is held until the reader's RELEASE, its next GET on that connection, the connection's end, or
-the lease's expiry, whichever comes first.
+Owner: GET pins the blocks, answers with GOT and the payloads by ``sendfile``, all on one native thread
+(``native/server.hpp``). Zero-copy sends keep *references* to the arena's pages in the socket queue, so "sent" does not
+mean "read": the lease is held until the reader's RELEASE, its next GET on that connection, the connection's end, or the
+lease's expiry, whichever comes first.
 """
 
 from __future__ import annotations
@@ -14,27 +14,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from p2pkv import _native
-from p2pkv.errors import Busy, P2PKVError, PeerUnavailable, RemoteProtocolError, Unavailable
-from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResult
+from p2pkv.errors import Busy, P2PKVError, PeerUnavailable, RemoteProtocolError
+from p2pkv.transport.base import ArenaMemory, PullRequest, PullResult
 from p2pkv.transport.movers import Code, Moved, Movers, OnBlocks
 from p2pkv.transport.patience import Patience
 from p2pkv.types import Status
-from p2pkv.wire.frame import FRAME_VERSION, HEADER, Frame, FrameDecoder
-from p2pkv.wire.peer import CODEC, GOT_RECORD, Get, PeerError, PeerType, Release
+from p2pkv.wire.frame import HEADER, Frame
+from p2pkv.wire.peer import CODEC, Get, PeerError, PeerType, Release
 
 log = logging.getLogger(__name__)
 
 OpenData = Callable[[int, float], Awaitable[socket.socket]]
 """(node, deadline in seconds) -> a connected, non-blocking data connection that has been introduced."""
 
-RECV_BYTES: Final = 16 << 10
-"""CPython allocates this much for every receive; much more would be mapped and unmapped each time."""
-REQUEST_BYTES_MAX: Final = 2 << 20
 RELEASE_NOW: Final = CODEC.encode(Release(0))
 
 _STATUS_OF_CODE: Final = {
