@@ -90,6 +90,53 @@ class IoEngine:
     def stop(self) -> None:
         """End every transfer as cancelled and join the thread."""
 
+class Pool:
+    """Idle data connections to peers, by node and by the node's slot in the index. Thread-safe; owns what it is given."""
+
+    def __init__(self, per_node: int, ceiling_s: float) -> None: ...
+    def give(self, node: int, slot: int, fd: int) -> None:
+        """Keep a connection; the oldest of the node's is closed when there are too many. ``slot`` 0: none."""
+
+    def take(self, node: int) -> int:
+        """A connection that is the caller's from now on, or -1."""
+
+    def drop(self, node: int) -> None: ...
+    def clear(self) -> None: ...
+    def idle(self) -> int: ...
+
+LaneEvent = tuple[
+    int, int, int, int, list[bytes], bytes, bytes, float, float, int, int, int, int, int, int, int, float, bytes
+]
+
+class Lane:
+    """GETs of engines, served without Python where that is possible (``native/lane.hpp``). ``fd``: :meth:`drain` has
+    something."""
+
+    fd: int
+    in_flight: int
+    blocks_in_flight: int
+    def __init__(
+        self,
+        store: Store,
+        receiver: IoEngine,
+        pool: Pool,
+        lookup: object,
+        arena: int,
+        lease_ttl_s: float,
+        stall_s: float,
+        pull_bytes_max: int,
+        in_flight_max: int,
+    ) -> None: ...
+    def add(self, connection: int, fd: int, holder: int) -> None: ...
+    def allow(self, connection: int, namespace: int, salt: int) -> None: ...
+    def send(self, connection: int, frame: bytes) -> bool: ...
+    def close(self, connection: int) -> None: ...
+    def watch(self, namespace: int, key: bytes) -> bool: ...
+    def set_draining(self, draining: bool) -> None: ...
+    def drain(self) -> list[LaneEvent]: ...
+    def counters(self) -> dict[str, int]: ...
+    def stop(self) -> None: ...
+
 class Server:
     """A thread that answers peers' GETs from the arena. ``fd`` becomes readable when :meth:`drain` has something.
 
@@ -119,3 +166,120 @@ class Server:
 
     def stop(self) -> None:
         """Close every connection, give every lease back, join the thread."""
+
+class Block:
+    """One occupancy of one slot, from reservation to reuse. Owned by the store, and read-only.
+
+    Compared and hashed by identity: as long as somebody has it, one block is one object. ``state``, ``pins`` and
+    ``used_at`` may be another thread's doing a moment later.
+    """
+
+    @property
+    def namespace(self) -> int: ...
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def offset(self) -> int:
+        """Where its bytes lie in the arena, in bytes."""
+    @property
+    def length(self) -> int:
+        """In bytes."""
+    @property
+    def generation(self) -> int:
+        """Differs between any two occupancies in one arena's life, so (offset, generation) names these bytes."""
+    @property
+    def used_at(self) -> float:
+        """When it was last reserved, committed, pinned or touched, on the caller's clock (seconds)."""
+    @property
+    def state(self) -> int:
+        """A value of ``p2pkv.store.base.BlockState``."""
+    @property
+    def pins(self) -> int:
+        """How many leases hold it; a key named twice under one lease counts twice."""
+    @property
+    def checksum(self) -> bytes:
+        """xxh3_128 of its bytes, 16 bytes; empty until committed."""
+
+class Store:
+    """The DRAM tier's books; see ``p2pkv/store/dram.py`` for what the calls mean. Thread-safe.
+
+    Calls keep the GIL, except ``drop``, ``keys``, ``index_keys``, ``check_integrity`` and ``stress_for_tests``.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int,
+        extent_bytes: int,
+        evict: bool,
+        ttl_min_s: float,
+        ttl_max_s: float,
+        leases_max: int,
+        leases_per_holder_max: int,
+        bytes_per_holder_max: int,
+        pinned_bytes_max: int,
+        quarantine_bytes_max: int,
+        lease_seed: int | None = None,
+    ) -> None:
+        """Raises ValueError: the sizes do not fit each other."""
+
+    def open(self, namespace: int, block_bytes: int, salt: int, slot_bytes: int) -> bool:
+        """False: one block is larger than the arena."""
+
+    def drop(self, namespace: int) -> int: ...
+    def pin(
+        self, namespace: int, keys: Sequence[bytes], ttl_s: float, now: float, holder: int
+    ) -> tuple[int, float, float, list[Block | None], int]:
+        """The fields of ``p2pkv.store.base.Pinned``."""
+
+    def release(self, lease_id: int, now: float, holder: int | None = None) -> bool: ...
+    def release_holder(self, holder: int) -> int: ...
+    def expire(self, now: float) -> int: ...
+    def reserve(self, namespace: int, key: bytes, now: float) -> Block | int:
+        """A block, or why not: 1 exists, 2 busy, 3 no space, 4 invalid."""
+
+    def commit(self, block: Block, checksum: Buffer, now: float) -> int:
+        """0 done, 1 the namespace was dropped, 2 the reservation was over already. ValueError: not 16 bytes."""
+
+    def abort(self, block: Block) -> int:
+        """As :meth:`commit`."""
+
+    def park(self, block: Block, token: int) -> int:
+        """As :meth:`commit`. Tokens from 2**63 on are those of ``p2pkv.store.dram``."""
+
+    def clear(self, token: int) -> int: ...
+    @property
+    def quarantine_full(self) -> bool: ...
+    def lookup(self, namespace: int, key: bytes) -> Block | None: ...
+    def lookup_many(self, namespace: int, keys: Sequence[bytes]) -> list[Block | None]: ...
+    def present(self, namespace: int, keys: Sequence[bytes]) -> bytes: ...
+    def writing(self, namespace: int, key: bytes) -> bool: ...
+    def touch(self, namespace: int, keys: Sequence[bytes], now: float) -> int: ...
+    def delete(self, namespace: int, key: bytes) -> bool: ...
+    def count(self, namespace: int) -> int: ...
+    def keys(self, namespace: int, limit: int) -> list[bytes]: ...
+    def take_events(self) -> tuple[bytes, bytes]:
+        """Packed 64-bit index keys, and one tier byte each, oldest first."""
+
+    def take_changes(self) -> tuple[bytes, bytes] | None:
+        """Packed index keys whose last word is GONE, and those whose last word is DRAM; None: nothing changed."""
+
+    def index_keys(self) -> bytes:
+        """Packed 64-bit index keys of all listed blocks."""
+
+    def stats(self) -> dict[str, int]:
+        """The fields of ``p2pkv.store.base.StoreStats``."""
+
+    @property
+    def extents_waiting(self) -> bool: ...
+    def take_extents(self) -> list[tuple[int, int]]:
+        """(offset, length) of memory assigned to a slot size since the last call."""
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError: the books disagree."""
+
+    def ignore_leases_for_tests(self, ignore: bool) -> None:
+        """From now on a lease does not hold its blocks in their slots: takes rule 1's guard out."""
+
+    def stress_for_tests(self, namespaces: Sequence[int], threads: int, rounds: int, seed: int) -> dict[str, Any]:
+        """Use the store from several native threads at once; ``problem`` says what went wrong, "" = nothing."""

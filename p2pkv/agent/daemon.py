@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import random
 import socket
 import time
 from pathlib import Path
@@ -31,9 +30,8 @@ from p2pkv.gossip.views import PeerView
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import PrefixIndex
 from p2pkv.store.arena import Arena
+from p2pkv.store.base import LeaseLimits
 from p2pkv.store.dram import DramStore
-from p2pkv.store.eviction import Lru, NoEviction
-from p2pkv.store.lease import LeaseLimits
 from p2pkv.store.memory import available_memory
 from p2pkv.transport.fetch import Fetcher
 from p2pkv.transport.movers import Movers
@@ -119,7 +117,7 @@ class Agent:
         self.store = DramStore(
             self.arena.capacity_bytes,
             extent_bytes=extent,
-            policy=Lru if config.store.eviction == "lru" else NoEviction,
+            evict=config.store.eviction == "lru",
             leases=LeaseLimits(
                 ttl_max_s=lease_ttl_s,
                 leases_max=config.store.leases_max,
@@ -128,7 +126,6 @@ class Agent:
             quarantine_bytes_max=parse_size(
                 config.transport.quarantine, key="transport.quarantine", percent_of=self.arena.capacity_bytes
             ),
-            rng=random.SystemRandom(),  # lease ids that a peer cannot guess
         )
         populator = Populator(self.arena)
         exits.push_async_callback(populator.stop)

@@ -424,12 +424,12 @@ class EngineConnection:
             self._refuse(rest.request_id, error, self._send_lane)
 
     def _on_lane_gone(self, reason: str) -> None:
-        """The engine's short way has ended: with a reason, it broke the protocol; without, its other end follows."""
+        """The engine's short way has ended: with a reason, it broke the protocol; without, it does not want it."""
         if reason:
             self._server.protocol_errors += 1
             log.warning("engine %s is disconnected: %s", self.name, reason)
             self._send_error(0, "protocol", reason)
-        self.close()
+            self.close()
 
     def _fetch(
         self,

@@ -116,6 +116,11 @@ class EngineLane:
         """Pulls under way."""
         return self._native.in_flight
 
+    @property
+    def blocks_in_flight(self) -> int:
+        """Blocks of these pulls."""
+        return self._native.blocks_in_flight
+
     def counters(self) -> dict[str, int]:
         """Since the start: hits_local, bytes_local, hits_peer, bytes_peer, handed_over."""
         return self._native.counters()
@@ -129,8 +134,17 @@ class EngineLane:
             if kind == _Kind.LANDED:
                 self._on_landed(
                     Landed(
-                        namespace, keys, _statuses(statuses), node, Code(code), blocks, failed, rejected, missed,
-                        bytes_moved, detail.decode(errors="replace"),
+                        namespace,
+                        keys,
+                        _statuses(statuses),
+                        node,
+                        Code(code),
+                        blocks,
+                        failed,
+                        rejected,
+                        missed,
+                        bytes_moved,
+                        detail.decode(errors="replace"),
                     )  # fmt: skip
                 )
                 continue
@@ -141,9 +155,7 @@ class EngineLane:
                 port.on_gone(detail.decode(errors="replace"))
                 continue
             worst = {i: Status(status) for i, status in enumerate(statuses) if status != UNSETTLED}
-            port.on_rest(
-                Rest(request_id, namespace, keys, settled, worst, asked_at, deadline, node, Code(code))
-            )
+            port.on_rest(Rest(request_id, namespace, keys, settled, worst, asked_at, deadline, node, Code(code)))
 
 
 def _statuses(statuses: bytes) -> Sequence[Status]:

@@ -143,7 +143,7 @@ class CacheService:
 
     def pin(self, namespace: int, hashes: Sequence[bytes], ttl_s: float, holder: int) -> Held:
         """Hold blocks for a peer; see :class:`p2pkv.transport.base.BlockSource`."""
-        pinned = self.store.pin(namespace, hashes, ttl_s, self._clock(), ("peer", holder))
+        pinned = self.store.pin(namespace, hashes, ttl_s, self._clock(), holder)
         if pinned.considered < len(hashes) and not pinned.lease_id:
             raise Busy("this peer holds as much as it may", node=f"{holder:016x}")
         blocks = [None if b is None else HeldBlock(b.offset, b.length, b.generation, b.checksum) for b in pinned.blocks]
@@ -151,7 +151,7 @@ class CacheService:
 
     def release(self, lease: int, holder: int) -> bool:
         """End a peer's lease; True when it was in force all along. Nobody can end another's."""
-        return self.store.release(lease, self._clock(), ("peer", holder))
+        return self.store.release(lease, self._clock(), holder)
 
     # --- for the fetcher (Landing) ---
 
@@ -191,7 +191,7 @@ class CacheService:
     def match(self, namespace: int, hashes: Sequence[bytes], *, detail: bool) -> Matched:
         """Who holds how much of a chain; no network."""
         keys = self._keys(namespace, hashes)
-        local = [block is not None for block in self.store.lookup_many(namespace, hashes)]
+        local = self.store.present(namespace, hashes)
         anywhere = self.index.contains_any(keys)
         present = bytes(
             Source.LOCAL if here else (Source.PEER if there else Source.NONE)
@@ -211,7 +211,7 @@ class CacheService:
 
     # --- engines: get ---
 
-    def get_local(self, namespace: int, keys: Sequence[bytes], holder: Hashable) -> Ready:
+    def get_local(self, namespace: int, keys: Sequence[bytes], holder: int) -> Ready:
         """Hold what is here. ``more`` is True when something is not: :meth:`get_rest` goes on with that."""
         pinned = self.store.pin(namespace, keys, self.lease_ttl_s, self._clock(), holder)
         indices, extents = [], []
@@ -230,7 +230,7 @@ class CacheService:
         keys: Sequence[bytes],
         have: Sequence[int],
         deadline_s: float,
-        holder: Hashable,
+        holder: int,
         on_ready: Callable[[Ready], None],
         still_wanted: Callable[[], bool] = lambda: True,
         excluded: Sequence[int] = (),
@@ -271,7 +271,7 @@ class CacheService:
         )
 
     def _settle(
-        self, namespace: int, keys: Sequence[bytes], batch: list[tuple[int, Status]], holder: Hashable, *, more: bool
+        self, namespace: int, keys: Sequence[bytes], batch: list[tuple[int, Status]], holder: int, *, more: bool
     ) -> Ready:
         came = [i for i, status in batch if status is Status.OK]
         pinned = self.store.pin(namespace, [keys[i] for i in came], self.lease_ttl_s, self._clock(), holder)
@@ -355,7 +355,7 @@ class CacheService:
         region: MappedRegion,
         slots: Sequence[int],
         deadline_s: float,
-        holder: Hashable,
+        holder: int,
     ) -> Done:
         """Write blocks into slots of a region; what arrives is copied while the rest is on its way."""
         deadline = self._clock() + deadline_s
@@ -442,16 +442,14 @@ class CacheService:
 
     def _publish(self) -> None:
         """Pass what the store did to the ownership log and to our own slot of the index."""
-        events = self.store.take_events()
-        if not events:
+        changes = self.store.take_changes()
+        if changes is None:
             return
         now = self._clock()
-        by_tier: dict[Tier, list[int]] = {}
-        for key, tier in dict(events).items():  # the last word on each key
-            by_tier.setdefault(tier, []).append(key)
-        for tier, keys in by_tier.items():
-            self.ownership.record(keys, tier, now, urgent=tier is Tier.GONE)
-            self.index.apply(SELF_SLOT, array("Q", keys), tier)
+        for keys, tier in ((changes.gone, Tier.GONE), (changes.dram, Tier.DRAM)):
+            if keys:
+                self.ownership.record(keys, tier, now, urgent=tier is Tier.GONE)
+                self.index.apply(SELF_SLOT, keys, tier)
 
     def tick(self) -> None:
         """Once a second or so: end leases that are over, publish what that freed."""

@@ -231,7 +231,7 @@ class Stream:
     """A blocking request whose answer may come in several parts. Use as a context manager."""
 
     def __init__(self, channel: Channel, message: Message, *, deadline: float, fds: tuple[int, ...] = ()) -> None:
-        self._channel = connection
+        self._channel = channel
         self._deadline = deadline
         with channel._lock:
             self._id = channel._new_id()

@@ -50,7 +50,7 @@ class Connection(Channel):
 
 
 def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tuple[Ready, list[int]]:
-    """Attach; returns what the agent says, and its descriptors: the arena's, and that of a channel for GETs if it has one."""
+    """Attach. Returns what the agent says, and its descriptors: the arena's, then a channel for GETs, if any."""
     sock.settimeout(max(0.001, deadline - time.monotonic()))
     descriptors: list[int] = []
     try:
@@ -86,4 +86,3 @@ def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tu
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-

@@ -53,6 +53,7 @@ void bind_lane(nb::module_& m) {
              nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>())
         .def_prop_ro("fd", &Lane::fd)
         .def_prop_ro("in_flight", &Lane::in_flight)
+        .def_prop_ro("blocks_in_flight", &Lane::blocks_in_flight)
         .def("drain", drain)
         .def("add", &Lane::add, "connection"_a, "fd"_a, "holder"_a)
         .def("allow", &Lane::allow, "connection"_a, "namespace"_a, "salt"_a)

@@ -548,6 +548,11 @@ size_t Lane::in_flight() const {
     return pulls_.size();
 }
 
+size_t Lane::blocks_in_flight() const {
+    std::lock_guard lock(mutex_);
+    return flights_.size();
+}
+
 void Lane::stop() {
     if (stopping_.exchange(true)) return;
     const uint64_t one = 1;

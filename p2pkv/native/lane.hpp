@@ -76,7 +76,8 @@ class Lane {
     // No pull ends after this returns; all sockets are closed.
     void stop();
 
-    size_t in_flight() const;
+    size_t in_flight() const;         // pulls
+    size_t blocks_in_flight() const;
     std::atomic<uint64_t> hits_local{0}, bytes_local{0}, hits_peer{0}, bytes_peer{0}, handed_over{0};
 
   private:

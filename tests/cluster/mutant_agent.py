@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from p2pkv.cli import main
-from p2pkv.store.base import Block
 from p2pkv.store.dram import DramStore
 from p2pkv.transport.base import PullRequest, PullResult
 from p2pkv.transport.nixl import NixlTransport
@@ -21,11 +21,13 @@ from p2pkv.types import Status
 
 def no_hold() -> None:
     """The one question that every eviction asks is always answered with no."""
+    made = DramStore.__init__
 
-    def held(block: Block) -> bool:
-        return False
+    def make(store: DramStore, *args: Any, **options: Any) -> None:
+        made(store, *args, **options)
+        store.core.ignore_leases_for_tests(True)
 
-    DramStore._held = staticmethod(held)  # type: ignore[method-assign]
+    DramStore.__init__ = make  # type: ignore[method-assign]
 
 
 def no_check() -> None:

@@ -26,6 +26,8 @@ class RawConnection:
         self._decoder = FrameDecoder()
         self._frames: list[Frame] = []
         self._next_id = 0
+        self.control: RawConnection | None = None
+        """Of a lane: the connection that it belongs to."""
         sock.settimeout(CLOSE_S)
 
     def __enter__(self) -> RawConnection:
@@ -33,6 +35,8 @@ class RawConnection:
 
     def __exit__(self, *_: object) -> None:
         self.sock.close()
+        if self.control is not None:
+            self.control.sock.close()
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
@@ -84,6 +88,22 @@ def engine_connection(agent: AgentProcess, *, attach: bool = True, layout: Layou
     if layout:
         assert isinstance(connection.ask(engine.Open(layout)), engine.Opened)
     return connection
+
+
+def lane_connection(agent: AgentProcess, *, layout: Layout | None = None) -> RawConnection:
+    """The channel for GETs that an agent offers with READY; ``layout`` is open on its connection, which it keeps."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(agent.socket)
+    sock.settimeout(CLOSE_S)
+    sock.sendall(engine.CODEC.encode(engine.Attach(PROTOCOL_MIN, PROTOCOL_MAX, "raw", os.getpid()), 1))
+    _, fds, _, _ = socket.recv_fds(sock, 65_536, 4)
+    assert len(fds) == 2, "the arena, and a channel for GETs"
+    os.close(fds[0])
+    lane = RawConnection(socket.socket(fileno=fds[1]), engine.CODEC)
+    lane.control = RawConnection(sock, engine.CODEC)
+    if layout:
+        assert isinstance(lane.control.ask(engine.Open(layout)), engine.Opened)
+    return lane
 
 
 def peer_connection(agent: AgentProcess, role: str = "", *, node: int = 0) -> RawConnection:

@@ -14,7 +14,7 @@ from p2pkv.types import Status
 from p2pkv.wire import engine, peer
 from tests.cluster.agents import AgentProcess, alive_peers, eventually, make_layout, visible
 from tests.cluster.blocks import blocks_of, new_keys
-from tests.cluster.raw import RawConnection, engine_connection, header, peer_connection
+from tests.cluster.raw import RawConnection, engine_connection, header, lane_connection, peer_connection
 
 pytestmark = [pytest.mark.cluster]
 
@@ -104,6 +104,7 @@ PLACES: dict[str, tuple[Callable[[AgentProcess], RawConnection], int]] = {
     "data connection": (lambda agent: peer_connection(agent, "data"), peer.PeerType.GET),
     "engine socket": (lambda agent: engine_connection(agent, attach=False), engine.EngineType.ATTACH),
     "attached engine": (engine_connection, engine.EngineType.GET),
+    "engine's short way": (lane_connection, engine.EngineType.GET),
 }
 
 

@@ -1,0 +1,224 @@
+"""Gets on their own channel: answered without the event loop where that is possible, and right where it is not."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from p2pkv.client import AgentClient
+from p2pkv.client.cache import Cache
+from p2pkv.types import Status
+from p2pkv.wire import engine
+from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout, visible
+from tests.cluster.blocks import block_of, blocks_of, new_keys
+from tests.cluster.raw import lane_connection
+from tests.cluster.transports import TCP, options
+
+pytestmark = [pytest.mark.cluster]
+
+BLOCK = 65_536
+LAYOUT = make_layout(BLOCK)
+LOCAL = 'p2pkv_short_way_blocks_total{source="local"}'
+PEER = 'p2pkv_short_way_blocks_total{source="peer"}'
+HANDED_OVER = "p2pkv_short_way_handed_over_total"
+
+
+def put(agent: AgentProcess, count: int) -> list[bytes]:
+    keys = new_keys(count)
+    assert all(agent.open(LAYOUT).put(keys, blocks_of(keys, BLOCK)))
+    return keys
+
+
+def read(cache: Cache, keys: list[bytes], deadline_ms: int = 10_000) -> list[Status]:
+    out = [bytearray(BLOCK) for _ in keys]
+    statuses = cache.get_statuses(keys, out, deadline_ms)
+    for key, block, status in zip(keys, out, statuses, strict=True):
+        assert status is not Status.OK or block == block_of(key, BLOCK)
+    return statuses
+
+
+def warm(pair: list[AgentProcess]) -> Cache:
+    """The second agent's cache, with a data connection to the first agent in its pool."""
+    cache = pair[1].open(LAYOUT)
+    keys = put(pair[0], 1)
+    visible(cache, keys)
+    assert read(cache, keys) == [Status.OK]
+    return cache
+
+
+def test_what_is_here_is_answered_without_the_event_loop(pair: list[AgentProcess]) -> None:
+    keys = put(pair[0], 20)
+    cache = pair[0].open(LAYOUT)
+    local, handed_over = pair[0].metric(LOCAL), pair[0].metric(HANDED_OVER)
+    assert read(cache, keys) == [Status.OK] * 20
+    assert pair[0].metric(LOCAL) == local + 20
+    assert pair[0].metric(HANDED_OVER) == handed_over
+
+
+def test_what_one_peer_has_is_pulled_without_the_event_loop(pair: list[AgentProcess]) -> None:
+    cache = warm(pair)
+    keys = put(pair[0], 20)
+    visible(cache, keys)
+    peer, handed_over = pair[1].metric(PEER), pair[1].metric(HANDED_OVER)
+    pulled = pair[1].metric("p2pkv_pulled_blocks_total")
+    for key in keys:
+        assert read(cache, [key]) == [Status.OK]
+    assert pair[1].metric(PEER) == peer + 20
+    assert pair[1].metric(HANDED_OVER) == handed_over
+    eventually(lambda: pair[1].metric("p2pkv_pulled_blocks_total") == pulled + 20, why="all are counted")
+    assert pair[1].metric('p2pkv_get_blocks_total{source="peer"}') >= 20
+    assert cache.match(keys).local == 20, "and is ours now"
+    eventually(lambda: pair[0].open(LAYOUT).match(keys).anywhere == 20, why="and the first agent hears so")
+
+
+def test_an_agent_without_it_gives_the_same(cluster: Cluster) -> None:
+    pair = cluster.start(2, **options(TCP, **{"engine.short_way": "false"}))
+    cluster.connected()
+    keys = put(pair[0], 5)
+    cache = pair[1].open(LAYOUT)
+    visible(cache, keys)
+    assert read(cache, [*keys, *new_keys(1)]) == [Status.OK] * 5 + [Status.MISS]
+    assert pair[1].metric(PEER) == 0
+
+
+def test_a_key_that_is_named_twice_comes_twice(pair: list[AgentProcess]) -> None:
+    cache = warm(pair)
+    [key, other] = put(pair[0], 2)
+    visible(cache, [key, other])
+    assert read(cache, [key, other, key]) == [Status.OK] * 3
+
+
+def test_a_block_that_the_owner_has_lost_is_a_miss(cluster: Cluster) -> None:
+    """The index says that it is there; the lane asks, is told no, and hands over."""
+    pair = cluster.start(2, capacity="16MiB", settings={"peer.flush_ms": 60_000})
+    cluster.connected()
+    cache = warm(pair)
+    first = put(pair[0], 1)
+    visible(cache, first)
+    put(pair[0], 300)
+    assert read(cache, first) == [Status.MISS]
+    assert pair[1].metric("p2pkv_pulls_failed_total") >= 1
+
+
+def test_two_engines_that_want_the_same_block_pull_it_once(pair: list[AgentProcess]) -> None:
+    """One of them by a get, the other by a load, which takes the way through the event loop."""
+    cache = warm(pair)
+    other = pair[1].open(LAYOUT)
+    keys = put(pair[0], 200)
+    visible(cache, keys)
+    before = pair[1].metric("p2pkv_pulled_blocks_total")
+    answers: list[list[Status]] = []
+
+    def one(mine: Cache, order: list[bytes]) -> None:
+        answers.append([read(mine, [key])[0] for key in order])
+
+    threads = [threading.Thread(target=one, args=(c, o)) for c in (cache, other) for o in (keys, keys[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [[Status.OK] * 200] * 4
+    eventually(lambda: pair[1].metric("p2pkv_pulled_blocks_total") >= before + 200, why="all are counted")
+    assert pair[1].metric("p2pkv_pulled_blocks_total") == before + 200
+
+
+def test_a_lease_holds_until_it_is_given_back(pair: list[AgentProcess]) -> None:
+    keys = put(pair[0], 3)
+    before = pair[0].metric("p2pkv_leases")
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        got = lane.ask(engine.Get(LAYOUT.namespace, keys, 1_000))
+        assert isinstance(got, engine.Got) and got.lease and not got.more
+        assert bytes(got.statuses) == bytes([Status.OK] * 3) and got.indices == [0, 1, 2]
+        assert pair[0].metric("p2pkv_leases") == before + 1
+        lane.send(engine.CODEC.encode(engine.ReleaseLease(got.lease)))
+        eventually(lambda: pair[0].metric("p2pkv_leases") == before, why="it is given back")
+
+
+def test_nobody_gives_back_what_another_holds(pair: list[AgentProcess]) -> None:
+    keys = put(pair[0], 1)
+    with lane_connection(pair[0], layout=LAYOUT) as lane, lane_connection(pair[0], layout=LAYOUT) as thief:
+        got = lane.ask(engine.Get(LAYOUT.namespace, keys, 1_000))
+        assert isinstance(got, engine.Got)
+        held = pair[0].metric("p2pkv_leases")
+        thief.send(engine.CODEC.encode(engine.ReleaseLease(got.lease)))
+        assert isinstance(thief.ask(engine.Get(LAYOUT.namespace, new_keys(1), 1)), engine.Got)
+        assert pair[0].metric("p2pkv_leases") == held
+
+
+def test_a_namespace_that_was_not_opened_is_refused(pair: list[AgentProcess]) -> None:
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        answer = lane.ask(engine.Get(LAYOUT.namespace ^ 1, new_keys(1), 1_000))
+        assert isinstance(answer, engine.EngineError) and answer.code == "invalid"
+        assert isinstance(lane.ask(engine.Get(LAYOUT.namespace, new_keys(1), 10)), engine.Got), "and it goes on"
+
+
+def test_a_get_byte_by_byte_is_a_get(pair: list[AgentProcess]) -> None:
+    keys = put(pair[0], 1)
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        for byte in engine.CODEC.encode(engine.Get(LAYOUT.namespace, keys, 1_000), 7):
+            lane.send(bytes([byte]))
+        frame = lane.receive()
+        assert frame is not None and frame.request_id == 7
+
+
+def test_many_gets_sent_ahead_are_all_answered(pair: list[AgentProcess]) -> None:
+    keys = put(pair[0], 4)
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        frames = [engine.CODEC.encode(engine.Get(LAYOUT.namespace, keys, 1_000), i + 1) for i in range(200)]
+        lane.send(b"".join(frames))
+        assert sorted(f.request_id for f in (lane.receive() for _ in range(200)) if f is not None) == list(
+            range(1, 201)
+        )
+
+
+def test_an_engine_that_goes_away_in_mid_get_leaves_nothing_behind(pair: list[AgentProcess]) -> None:
+    cache = warm(pair)
+    keys = put(pair[0], 40)
+    visible(cache, keys)
+    for key in keys:
+        with lane_connection(pair[1], layout=LAYOUT) as lane:
+            lane.send(engine.CODEC.encode(engine.Get(LAYOUT.namespace, [key], 1_000), 1))
+    eventually(lambda: pair[1].metric("p2pkv_pulls_in_flight_blocks") == 0, why="the pulls end")
+    assert read(cache, keys) == [Status.OK] * 40, "no slot is still being written"
+
+
+def test_a_peer_that_stands_still_is_a_miss_in_time(cluster: Cluster) -> None:
+    pair = cluster.start(2)
+    cluster.connected()
+    cache = warm(pair)
+    keys = put(pair[0], 2)
+    visible(cache, keys)
+    pair[0].stop_tree()
+    try:
+        started = time.monotonic()
+        assert Status.OK not in read(cache, keys[:1], 10_000)
+        first_s = time.monotonic() - started
+        assert first_s < 2.0
+        assert Status.OK not in read(cache, keys[1:], 10_000)
+        assert time.monotonic() - started - first_s < 0.5, "it is not asked again before it has been heard from"
+    finally:
+        pair[0].continue_tree()
+    eventually(lambda: read(cache, keys) == [Status.OK] * 2, why="it is back")
+
+
+def test_the_second_holder_is_asked_when_the_first_one_dies(cluster: Cluster) -> None:
+    agents = cluster.start(3)
+    cluster.connected()
+    keys = new_keys(30)
+    for owner in agents[:2]:
+        assert all(owner.open(LAYOUT).put(keys, blocks_of(keys, BLOCK)))
+    cache = agents[2].open(LAYOUT)
+    visible(cache, keys)
+    eventually(lambda: all(len(cache.match([key]).nodes) >= 2 for key in keys), why="both holders are known")
+    assert read(cache, keys[:10]) == [Status.OK] * 10
+    agents[0].kill()
+    assert read(cache, keys[10:]) == [Status.OK] * 20
+
+
+def test_gets_of_a_closed_client_end_at_once(pair: list[AgentProcess]) -> None:
+    client = AgentClient(pair[0].socket, name="test")
+    cache = client.open(LAYOUT)
+    client.close()
+    assert read(cache, new_keys(2), 5_000) == [Status.LOST] * 2
