@@ -1,6 +1,7 @@
 """A bare node for the transports' contract: arena, store, peer network and one transport, with nothing above them.
 
-Several live in one event loop. The owner's half can be made to misbehave through :class:`Source`.
+Several live in one event loop. What an owner that is asked over NIXL does can be watched through :class:`Source`; over
+TCP the native server answers, without asking anybody here.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from p2pkv import _native
@@ -19,7 +21,7 @@ from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import PrefixIndex
 from p2pkv.store.arena import Arena
-from p2pkv.store.base import Reservation
+from p2pkv.store.base import LeaseLimits, Reservation
 from p2pkv.store.dram import DramStore
 from p2pkv.transport.base import Held, HeldBlock, NullTransport, PullRequest, PullResult, Transport
 from p2pkv.transport.movers import Movers
@@ -32,31 +34,30 @@ from p2pkv.wire.peer import Address, Card
 from tests.cluster.agents import make_layout
 
 ARENA_BYTES = 96 << 20
+LEASES_PER_HOLDER_MAX = 64
+"""More than one test's pulls at once need, few enough to be used up at once."""
 UCX_OVER_TCP = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
 """Not one system call from memory to memory: the owner's process has to take part in every read."""
 
 
 class Source:
-    """What the transport serves from. ``busy``: refuse. ``on_pin``: gets every lease's blocks."""
+    """What the NIXL transport serves from. ``on_pin``: gets every lease's blocks, before the reader hears of them."""
 
     def __init__(self, store: DramStore) -> None:
         self.store = store
-        self.busy = False
         self.on_pin: Callable[[Sequence[HeldBlock | None]], None] = lambda _: None
         self.ttl_max_s = 10.0
-        self.pins = 0
 
     def pin(self, namespace: int, hashes: Sequence[bytes], ttl_s: float, holder: int) -> Held:
-        if self.busy:
-            raise Busy("this test says so")
-        self.pins += 1
-        pinned = self.store.pin(namespace, hashes, min(ttl_s, self.ttl_max_s), time.monotonic(), ("peer", holder))
+        pinned = self.store.pin(namespace, hashes, min(ttl_s, self.ttl_max_s), time.monotonic(), holder)
+        if pinned.considered < len(hashes) and not pinned.lease_id:
+            raise Busy("this peer holds as much as it may")
         blocks = [None if b is None else HeldBlock(b.offset, b.length, b.generation, b.checksum) for b in pinned.blocks]
         self.on_pin(blocks)
         return Held(pinned.lease_id, pinned.ttl_s, blocks)
 
     def release(self, lease: int, holder: int) -> bool:
-        return self.store.release(lease, time.monotonic(), ("peer", holder))
+        return self.store.release(lease, time.monotonic(), holder)
 
     @property
     def leases(self) -> int:
@@ -91,7 +92,12 @@ class Node:
         self.kind = kind
         self.id = random.SystemRandom().getrandbits(63) | 1
         self.arena = Arena.create(ARENA_BYTES)
-        self.store = DramStore(ARENA_BYTES)
+        self.store = DramStore(
+            ARENA_BYTES,
+            leases=LeaseLimits(bytes_per_holder_max=ARENA_BYTES // 2, leases_per_holder_max=LEASES_PER_HOLDER_MAX),
+        )
+        self.server: _native.Server | None = None
+        """What answers over TCP."""
         self.source = Source(self.store)
         self.movers = Movers(1)
         self.cleared: list[int] = []
@@ -109,8 +115,9 @@ class Node:
         if name == "null":
             return NullTransport()
         if name == "tcp":
+            self.server = _native.Server(self.store.core, self.arena.fd, self.arena.base_address, 10.0, 256)
             tcp = TcpTransport(
-                movers=self.movers, arena=self.arena, source=self.source, open_data=self.network.open_data,
+                movers=self.movers, arena=self.arena, server=self.server, open_data=self.network.open_data,
                 stream_bytes=4 << 20, stall_s=stall_s,
             )  # fmt: skip
             tcp._patience = Unhurried(stall_s)
@@ -157,6 +164,40 @@ class Node:
         place = self.store.reserve(self.namespace(layout), key, time.monotonic())
         assert isinstance(place, Reservation), place
         return place
+
+    @contextmanager
+    def spent(self, holder: int, layout: Layout, key: bytes) -> Iterator[None]:
+        """While this lasts, ``holder`` has as many leases here as it may have."""
+        leases: list[int] = []
+        while (pinned := self.store.pin(layout.namespace, [key], 10.0, time.monotonic(), holder)).lease_id:
+            leases.append(pinned.lease_id)
+        assert leases
+        try:
+            yield
+        finally:
+            for lease in leases:
+                assert self.store.release(lease, time.monotonic(), holder)
+
+    @contextmanager
+    def overwritten(self, places: Sequence[Reservation]) -> Iterator[None]:
+        """Have other bytes lie in these slots when they are sent than were put there.
+
+        Over NIXL they come between the answer to PIN and the read; over TCP nobody is asked in between.
+        """
+
+        def overwrite(_: object = None) -> None:
+            for place in places:
+                self.arena.view(place.offset, place.length)[:] = b"\x5a" * place.length
+
+        if self.server is not None:
+            overwrite()
+            yield
+            return
+        self.source.on_pin = overwrite
+        try:
+            yield
+        finally:
+            self.source.on_pin = lambda _: None
 
     def bytes_at(self, place: Reservation) -> bytes:
         return bytes(self.arena.view(place.offset, place.length))

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from p2pkv import _native
 from p2pkv.store.arena import Arena
-from p2pkv.store.base import Reservation
+from p2pkv.store.base import LeaseLimits, Reservation
 from p2pkv.store.dram import DramStore
-from p2pkv.store.lease import LeaseLimits
 from p2pkv.types import Layout, Status
 from p2pkv.wire.frame import HEADER, HEADER_BYTES, Frame
 from p2pkv.wire.peer import CODEC, GOT_RECORD, Get, PeerError, PeerType, Release

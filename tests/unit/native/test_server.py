@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from p2pkv import _native
-from p2pkv.store.lease import LeaseLimits
+from p2pkv.store.base import LeaseLimits
 from p2pkv.types import Status
 from p2pkv.wire.peer import CODEC, Get, Release
 from tests.unit.native.serving import BLOCK, NODE, Owner, layout_of, until
