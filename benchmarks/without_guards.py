@@ -23,8 +23,14 @@ from pathlib import Path
 
 NO_LEASE = """
 from p2pkv.store.dram import DramStore
-assert callable(DramStore._held)
-DramStore._held = staticmethod(lambda block: False)
+
+made = DramStore.__init__
+
+def make(store, *args, **options):
+    made(store, *args, **options)
+    store.core.ignore_leases_for_tests(True)
+
+DramStore.__init__ = make
 """
 
 NO_CHECKSUM = """

@@ -1,4 +1,4 @@
-"""The store's words and contracts: what a block is, which states it goes through, and what an eviction policy promises.
+"""The store's words: what a block is, which states it goes through, what a pin answers, what limits leases.
 
 A block's place in the arena goes through these states, one :class:`Block` object per occupancy:
 
@@ -12,16 +12,23 @@ PARKED      given up, but bytes may still land in it   clear_quarantine -> FREE
 FREE        over: the slot may belong to another block never
 ==========  =========================================  ============================================================
 
-Values and contracts only: no I/O, no clock, no randomness.
+:class:`Block` is the C++ core's: owned by the store, read-only, compared and hashed by identity. What is read through
+its ``offset`` counts only under a lease. See ``p2pkv/_native.pyi`` for its attributes.
+
+Values only: no I/O, no clock, no randomness.
 """
 
 from __future__ import annotations
 
 import enum
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from typing import Generic, TypeAlias, TypeVar
 
 import msgspec
+
+from p2pkv._native import Block
+from p2pkv.errors import InvalidArgument
+
+__all__ = ["Block", "BlockState", "LeaseLimits", "Pinned", "Reservation", "StoreStats"]
 
 
 class BlockState(enum.IntEnum):
@@ -34,41 +41,17 @@ class BlockState(enum.IntEnum):
     PARKED = 4
 
 
-class Block(msgspec.Struct, gc=False, eq=False):
-    """One occupancy of one slot, from reservation to reuse. Owned by the store: read it, never write it.
+Reservation: TypeAlias = Block
+"""A block in state WRITING, in the hands of the one caller that may write its bytes.
 
-    What is read through ``offset`` counts only under a lease (or within the same turn of the event loop that looked
-    it up). Compared and hashed by identity. Not tracked by the garbage collector, because a million of these would
-    make its full collections stop the agent for tenths of a second; hence it must never refer to a container.
-
-    Attributes:
-        offset, length: where the block's bytes lie in the arena, in bytes.
-        generation: differs between any two occupancies in one arena's life, so (offset, generation) names these bytes.
-        checksum: xxh3_128 of the bytes, 16 bytes; empty until committed.
-        pins: how many leases hold the block; a key named twice under one lease counts twice.
-        used_at: when the block was last committed, pinned or touched, on the caller's clock (seconds).
-    """
-
-    namespace: int
-    key: bytes
-    offset: int
-    length: int
-    generation: int
-    used_at: float
-    state: BlockState = BlockState.WRITING
-    pins: int = 0
-    checksum: bytes = b""
+That caller must commit, abort or quarantine it, once. ``commit`` returns the same object: one per occupancy.
+"""
 
 
-class Reservation(Block, gc=False, eq=False):
-    """A block in state WRITING, in the hands of the one caller that may write its bytes.
-
-    That caller must commit, abort or quarantine it, once. ``commit`` returns the same object as a :class:`Block`: one
-    allocation per occupancy, and a reader's block still cannot be passed for a reservation.
-    """
+B = TypeVar("B")
 
 
-class Pinned(msgspec.Struct, frozen=True):
+class Pinned(msgspec.Struct, Generic[B], frozen=True):
     """Answer to a pin.
 
     Attributes:
@@ -83,7 +66,7 @@ class Pinned(msgspec.Struct, frozen=True):
     lease_id: int
     ttl_s: float
     expires_at: float
-    blocks: list[Block | None]
+    blocks: list[B | None]
     considered: int
 
 
@@ -110,36 +93,26 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     no_space_total: int
 
 
-class EvictionPolicy(ABC):
-    """Which block should go first. The seam behind which S3-FIFO and others come to stand beside LRU.
+class LeaseLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds on what readers may hold.
 
-    A policy orders the LIVE blocks of one slot size. It decides, it never frees: the store removes a victim by itself.
-    One thread; no method may block; all but ``check_integrity`` are O(1), the search for victims amortised.
+    Attributes:
+        ttl_min_s: shorter asks are lengthened to this: a lease that ends before its answer arrives helps nobody.
+        ttl_max_s: longer asks are shortened to this. A reader that died holds its slots for so long at worst.
+        leases_max: leases of all holders together.
+        leases_per_holder_max: leases of one holder.
+        bytes_per_holder_max: bytes under lease by one holder; a block counts once per lease and mention.
     """
 
-    @abstractmethod
-    def insert(self, block: Block) -> None:
-        """A block was committed. It is not in the policy yet."""
+    ttl_min_s: float = 0.05
+    ttl_max_s: float = 30.0
+    leases_max: int = 65_536
+    leases_per_holder_max: int = 4_096
+    bytes_per_holder_max: int = 1 << 62
 
-    @abstractmethod
-    def access(self, block: Block) -> None:
-        """A block that is in the policy was used."""
-
-    @abstractmethod
-    def remove(self, block: Block) -> None:
-        """A block that is in the policy is going away, as a victim or otherwise."""
-
-    @abstractmethod
-    def victims(self, held: Callable[[Block], bool]) -> Iterator[Block]:
-        """Blocks in the order in which they should go, without those that are held.
-
-        Any other call on the policy ends the iteration: take what is needed, drop the iterator, then evict.
-        """
-
-    def victim(self, held: Callable[[Block], bool]) -> Block | None:
-        """The first of ``victims``, or None: what every eviction asks, so policies may answer it faster."""
-        return next(self.victims(held), None)
-
-    @abstractmethod
-    def check_integrity(self, live: Collection[Block]) -> None:
-        """Raise AssertionError unless the policy could offer exactly these blocks. For tests."""
+    def check(self) -> None:
+        """Raise InvalidArgument when the limits contradict themselves."""
+        if not 0 < self.ttl_min_s <= self.ttl_max_s:
+            raise InvalidArgument("lease ttl limits must satisfy 0 < min <= max", limits=self)
+        if min(self.leases_max, self.leases_per_holder_max, self.bytes_per_holder_max) < 1:
+            raise InvalidArgument("lease limits must be positive", limits=self)

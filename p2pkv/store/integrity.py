@@ -1,6 +1,6 @@
-"""Whether the books of a DRAM store agree with each other: what tests ask after every sequence of operations.
+"""Whether the books of a reference store agree with each other: what tests ask after every sequence of operations.
 
-Looks into the private state of :class:`~p2pkv.store.dram.DramStore`, and only looks. O(everything).
+Looks into the private state of :class:`~p2pkv.store.reference.ReferenceStore`, and only looks. O(everything).
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from p2pkv.store.base import Block, BlockState
+from p2pkv.store.base import BlockState
 from p2pkv.store.slots import slot_bytes_for
 from p2pkv.types import CHECKSUM_BYTES
 
 if TYPE_CHECKING:
-    from p2pkv.store.dram import DramStore
+    from p2pkv.store.reference import Block, ReferenceStore
 
 
 def require(condition: bool, message: str) -> None:
@@ -22,7 +22,7 @@ def require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def check_dram_store(store: DramStore) -> None:
+def check_reference(store: ReferenceStore) -> None:
     """Raise AssertionError unless slots, blocks, leases, policies and counters of the store agree."""
     store._slots.check_integrity()
     store._leases.check_integrity()
@@ -30,7 +30,7 @@ def check_dram_store(store: DramStore) -> None:
     _check_sums(store)
 
 
-def _check_blocks(store: DramStore) -> None:
+def _check_blocks(store: ReferenceStore) -> None:
     """Every taken slot has one block, in a state that its surroundings confirm, with the pins of its leases."""
     pins: dict[Block, int] = {}
     for block in store._leases.pins():
@@ -60,7 +60,7 @@ def _check_blocks(store: DramStore) -> None:
         store._sizes[slot_bytes].policy.check_integrity(live)
 
 
-def _check_sums(store: DramStore) -> None:
+def _check_sums(store: ReferenceStore) -> None:
     """Nothing is listed that has no slot, and the running sums are the sums."""
     blocks = list(store._slots.occupants())
     listed = [block for space in store._spaces.values() for block in space.blocks.values()]

@@ -20,7 +20,8 @@ from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
-from p2pkv.errors import Busy, InvalidArgument
+from p2pkv.errors import Busy
+from p2pkv.store.base import LeaseLimits
 from p2pkv.types import mix64
 
 T = TypeVar("T")
@@ -43,37 +44,12 @@ class CountedBits:
 
     __slots__ = ("_count",)
 
-    def __init__(self) -> None:
-        self._count = 0
+    def __init__(self, seed: int = 0) -> None:
+        self._count = seed
 
     def getrandbits(self, k: int, /) -> int:
         self._count += 1
         return mix64(self._count) >> (64 - k)
-
-
-class LeaseLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds on what readers may hold.
-
-    Attributes:
-        ttl_min_s: shorter asks are lengthened to this: a lease that ends before its answer arrives helps nobody.
-        ttl_max_s: longer asks are shortened to this. A reader that died holds its slots for so long at worst.
-        leases_max: leases of all holders together.
-        leases_per_holder_max: leases of one holder.
-        bytes_per_holder_max: bytes under lease by one holder; a block counts once per lease and mention.
-    """
-
-    ttl_min_s: float = 0.05
-    ttl_max_s: float = 30.0
-    leases_max: int = 65_536
-    leases_per_holder_max: int = 4_096
-    bytes_per_holder_max: int = 1 << 62
-
-    def check(self) -> None:
-        """Raise InvalidArgument when the limits contradict themselves."""
-        if not 0 < self.ttl_min_s <= self.ttl_max_s:
-            raise InvalidArgument("lease ttl limits must satisfy 0 < min <= max", limits=self)
-        if min(self.leases_max, self.leases_per_holder_max, self.bytes_per_holder_max) < 1:
-            raise InvalidArgument("lease limits must be positive", limits=self)
 
 
 class Lease(msgspec.Struct, Generic[T], frozen=True):
@@ -92,7 +68,7 @@ class _Holder:
     __slots__ = ("lease_ids", "length")
 
     def __init__(self) -> None:
-        self.lease_ids: set[int] = set()
+        self.lease_ids: dict[int, None] = {}  # the oldest first
         self.length = 0
 
 
@@ -166,7 +142,7 @@ class LeaseTable(Generic[T]):
         self._leases[lease_id] = lease
         heapq.heappush(self._due, (expires_at, lease_id))
         self._holders[holder] = of
-        of.lease_ids.add(lease_id)
+        of.lease_ids[lease_id] = None
         of.length += length
         return lease
 
@@ -185,7 +161,7 @@ class LeaseTable(Generic[T]):
         return now < lease.expires_at
 
     def release_holder(self, holder: Hashable) -> int:
-        """End every lease of a holder that is gone (its connection closed); how many there were."""
+        """End every lease of a holder that is gone, the oldest first; how many there were."""
         of = self._holders.get(holder)
         lease_ids = [] if of is None else list(of.lease_ids)
         for lease_id in lease_ids:
@@ -217,7 +193,7 @@ class LeaseTable(Generic[T]):
     def _end(self, lease: Lease[T]) -> None:
         del self._leases[lease.lease_id]
         of = self._holders[lease.holder]
-        of.lease_ids.remove(lease.lease_id)
+        del of.lease_ids[lease.lease_id]
         of.length -= lease.length
         if not of.lease_ids:
             del self._holders[lease.holder]
@@ -229,7 +205,7 @@ class LeaseTable(Generic[T]):
         for lease in self._leases.values():
             ids, length = by_holder.get(lease.holder, (set(), 0))
             by_holder[lease.holder] = (ids | {lease.lease_id}, length + lease.length)
-        if by_holder != {holder: (of.lease_ids, of.length) for holder, of in self._holders.items()}:
+        if by_holder != {holder: (set(of.lease_ids), of.length) for holder, of in self._holders.items()}:
             raise AssertionError("holders do not add up to the leases")
         due = sorted((each.expires_at, each.lease_id) for each in self._leases.values())
         if due != sorted(entry for entry in self._due if entry[1] in self._leases):
