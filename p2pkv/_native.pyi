@@ -281,5 +281,10 @@ class Store:
     def ignore_leases_for_tests(self, ignore: bool) -> None:
         """From now on a lease does not hold its blocks in their slots: takes rule 1's guard out."""
 
-    def stress_for_tests(self, namespaces: Sequence[int], threads: int, rounds: int, seed: int) -> dict[str, int | str]:
-        """Use the store from several native threads at once; ``problem`` says what went wrong, "" = nothing."""
+    def stress_for_tests(
+        self, namespaces: Sequence[int], threads: int, rounds: int, seed: int, hear: bool = True
+    ) -> dict[str, int | str]:
+        """Use the store from several native threads at once; ``problem`` says what went wrong, "" = nothing.
+
+        ``hear``: take the events and check them too, which allows of no other use of the store meanwhile.
+        """

@@ -151,11 +151,12 @@ void check_integrity(const Store& store) {
     }
 }
 
-nb::dict stress(Store& store, const std::vector<uint64_t>& spaces, unsigned threads, uint64_t rounds, uint64_t seed) {
+nb::dict stress(Store& store, const std::vector<uint64_t>& spaces, unsigned threads, uint64_t rounds, uint64_t seed,
+               bool hear) {
     Stressed done;
     {
         nb::gil_scoped_release unlocked;
-        done = stress_for_tests(store, spaces, threads, rounds, seed);
+        done = stress_for_tests(store, spaces, threads, rounds, seed, hear);
     }
     nb::dict out;
     out["puts"] = done.puts;
@@ -262,5 +263,6 @@ void bind_store(nb::module_& m) {
              })
         .def("check_integrity", &check_integrity)
         .def("ignore_leases_for_tests", &Store::ignore_leases_for_tests, "ignore"_a)
-        .def("stress_for_tests", &stress, "namespaces"_a, "threads"_a, "rounds"_a, "seed"_a);
+        .def("stress_for_tests", &stress, "namespaces"_a, "threads"_a, "rounds"_a, "seed"_a,
+             "hear"_a = true);
 }

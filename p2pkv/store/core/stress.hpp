@@ -16,8 +16,11 @@ struct Stressed {
 
 // Reserve, write, commit, abort, park, pin, read, release and delete at random, `rounds` times in each thread, in
 // namespaces that are open. "Writing" leaves the generation in a word per page that the store knows nothing of, so two
-// writers in one slot, or a writer under a lease, are seen. Ends with check of the books and of the events.
+// writers in one slot, or a writer under a lease, are seen. The books are checked at the end.
+//
+// `hear`: take the events all the while, and see at the end that they add up to what is there; for when nobody else uses
+// the store. Otherwise they are left to the caller.
 Stressed stress_for_tests(Store& store, const std::vector<uint64_t>& spaces, unsigned threads, uint64_t rounds,
-                          uint64_t seed);
+                          uint64_t seed, bool hear);
 
 }  // namespace p2pkv::store

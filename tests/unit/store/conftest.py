@@ -1,4 +1,4 @@
-"""What the store's tests share: small layouts and keys."""
+"""What the store's tests share: both implementations, small layouts and keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from p2pkv.store.dram import DramStore
+from p2pkv.store.reference import ReferenceStore
 from p2pkv.types import Layout
 
 
@@ -24,3 +26,9 @@ def layout() -> Callable[..., Layout]:
 def key() -> Callable[[int], bytes]:
     """``key(i)``: the i-th block hash, 16 bytes, all different in their first eight."""
     return lambda i: i.to_bytes(8, "little") + bytes(8)
+
+
+@pytest.fixture(params=[DramStore, ReferenceStore], ids=["core", "reference"])
+def implementation(request: pytest.FixtureRequest) -> type[DramStore] | type[ReferenceStore]:
+    """The class of the store under test: whatever is true of one must be true of the other."""
+    return request.param  # type: ignore[no-any-return]

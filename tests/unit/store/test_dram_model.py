@@ -1,9 +1,12 @@
-"""DramStore against a world in which bytes are really written: by writers and late transfers, and read under leases.
+"""The store against a world in which bytes are really written: by writers and late transfers, and read under leases.
 
 The model knows nothing of slots, extents or policies. It keeps a picture of the arena, page by page, of who wrote
 there last, and lets every allowed writer write whenever it likes. If the store ever lends a place to two of them, a
 reader under a lease finds somebody else's tag. One driver, three users: hypothesis (which shrinks), long seeded runs
 (which are fast), and runs with a guard taken out (which must fail).
+
+The first two drive the C++ core and its reference side by side (:mod:`tests.unit.store.twin`), which must agree in
+every answer; the third each by itself.
 """
 
 from __future__ import annotations
@@ -11,24 +14,28 @@ from __future__ import annotations
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from p2pkv.store import dram
-from p2pkv.store.base import Block, BlockState, Reservation
+from p2pkv.store import reference
+from p2pkv.store.base import Block, BlockState, LeaseLimits, Reservation
 from p2pkv.store.dram import DramStore
-from p2pkv.store.lease import LeaseLimits
+from p2pkv.store.eviction import Lru
+from p2pkv.store.reference import ReferenceStore
 from p2pkv.store.slots import SlotAllocator, slot_bytes_for
 from p2pkv.types import Layout, Status, Tier, index_key
+from tests.unit.store.twin import Different, Twin
 
 PAGE = 4096
 EXTENT = 4 * PAGE
 EXTENTS = 6
 BLOCK_BYTES = (PAGE, 100 + 2 * PAGE, PAGE, 6 * PAGE)  # of the layouts: one page, three pages, one page, two extents
 KEYS = 24
+HOLDERS = (1, 2, (1 << 64) - 1)
 Tag = tuple[int, bytes, int]
 Place = tuple[int, bytes]
 
@@ -45,13 +52,12 @@ def demand(condition: object, message: str) -> None:
 class World:
     """A store, the bytes, and what everybody believes. Every method is one thing that can happen."""
 
-    def __init__(self, layout: Callable[..., Layout]) -> None:
-        self.store = DramStore(
+    def __init__(self, layout: Callable[..., Layout], make: Callable[..., Any] = Twin) -> None:
+        self.store = make(
             EXTENTS * EXTENT + PAGE,  # not whole extents
             extent_bytes=EXTENT,
             leases=LeaseLimits(ttl_min_s=0.1, ttl_max_s=4.0, leases_per_holder_max=3, bytes_per_holder_max=8 * PAGE),
             pinned_bytes_max=18 * PAGE,
-            rng=random.Random(0),
         )
         self.layouts = [layout(size, model=f"m{i}") for i, size in enumerate(BLOCK_BYTES)]
         self.now = 0.0
@@ -62,7 +68,7 @@ class World:
         self.writing: list[Reservation] = []
         self.orphans: list[Reservation] = []  # their namespace was dropped
         self.parked: dict[int, list[Reservation]] = {}
-        self.leases: dict[int, tuple[str, float, list[tuple[Block, Tag]]]] = {}
+        self.leases: dict[int, tuple[int, float, list[tuple[Block, Tag]]]] = {}
         self.ended: list[int] = []
         self.generations: dict[int, int] = {}  # page -> generation of its last occupancy
         self.open: set[int] = set()
@@ -185,7 +191,7 @@ class World:
             self.hold(reservation, -1)
         demand(self.store.clear_quarantine(token) == len(parked), "the quarantine has lost count")
 
-    def pin(self, i: int, keys: list[bytes], ttl_s: float, holder: str) -> None:
+    def pin(self, i: int, keys: list[bytes], ttl_s: float, holder: int) -> None:
         namespace = self.layouts[i].namespace
         pinned = self.store.pin(namespace, keys, ttl_s, self.now, holder)
         demand(len(pinned.blocks) == len(keys), "not one answer per key")
@@ -216,7 +222,7 @@ class World:
                 self._end(lease_id)
             demand(self.store.release(lease_id, self.now) == in_force, "a lease lied about whether it held")
 
-    def disconnect(self, holder: str) -> None:
+    def disconnect(self, holder: int) -> None:
         for lease_id in [each for each, (whose, _, _) in self.leases.items() if whose == holder]:
             self._end(lease_id)
         self.store.release_holder(holder)
@@ -255,7 +261,7 @@ class World:
         self.store.check_integrity()
         demand(set(self.store.index_keys()) == self.replica, "the log and the store differ")
         for place, block in self.live.items():
-            demand(self.store.lookup(*place) is block and block.state is BlockState.LIVE, f"{block} is not there")
+            demand(self.store.lookup(*place) is block and block.state == BlockState.LIVE, f"{block} is not there")
             self.read(block, self.tag(block))
         for _, _, blocks in self.leases.values():
             for block, tag in blocks:
@@ -280,7 +286,7 @@ class World:
         elif dice < 0.64:
             self.clear(rng.choice((1, 2)))
         elif dice < 0.76:
-            self.pin(i, rng.choices(KEY, k=rng.randrange(1, 5)), rng.random() * 5, rng.choice("abc"))
+            self.pin(i, rng.choices(KEY, k=rng.randrange(1, 5)), rng.random() * 5, rng.choice(HOLDERS))
         elif dice < 0.84:
             self.release(rng.randrange(99))
         elif dice < 0.90:
@@ -292,7 +298,7 @@ class World:
         elif dice < 0.97:
             self.delete(i, key)
         elif dice < 0.98:
-            self.disconnect(rng.choice("abc"))
+            self.disconnect(rng.choice(HOLDERS))
         elif dice < 0.985:
             self.drop(i)
         else:
@@ -331,7 +337,7 @@ def test_when_everybody_lets_go_all_memory_is_free_again(layout: Callable[..., L
     world = run(World(layout), 99, 5_000)
     for token in (1, 2):
         world.clear(token)
-    for holder in "abc":
+    for holder in HOLDERS:
         world.disconnect(holder)
     for reservation in world.writing + world.orphans:
         world.store.abort(reservation)
@@ -346,25 +352,35 @@ def test_when_everybody_lets_go_all_memory_is_free_again(layout: Callable[..., L
 # ---- the same runs with a guard taken out: each must be caught
 
 
-def damage(layout: Callable[..., Layout]) -> str:
+def damage(layout: Callable[..., Layout], make: Callable[..., Any]) -> str:
     with pytest.raises(Damage) as caught:
-        run(World(layout), 7, 20_000)
+        run(World(layout, make), 7, 20_000)
     return str(caught.value)
 
 
-def test_without_the_hold_of_leases_slots_change_hands_under_readers(
+def test_without_the_hold_of_leases_slots_change_hands_under_readers(layout: Callable[..., Layout]) -> None:
+    """``Store::held`` is the one guard between leases and reuse."""
+
+    def make(*args: Any, **options: Any) -> DramStore:
+        store = DramStore(*args, **options)
+        store.core.ignore_leases_for_tests(True)
+        return store
+
+    assert "somebody else's hands" in damage(layout, make)
+
+
+def test_without_the_hold_of_leases_the_reference_fails_too(
     layout: Callable[..., Layout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``DramStore._held`` is the one guard between leases and reuse."""
-    monkeypatch.setattr(DramStore, "_held", staticmethod(lambda block: False))
-    assert "somebody else's hands" in damage(layout)
+    monkeypatch.setattr(ReferenceStore, "_held", staticmethod(lambda block: False))
+    assert "somebody else's hands" in damage(layout, ReferenceStore)
 
 
 def test_without_quarantine_late_bytes_land_in_others_blocks(
-    layout: Callable[..., Layout], monkeypatch: pytest.MonkeyPatch
+    implementation: type[DramStore], layout: Callable[..., Layout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DramStore, "quarantine", lambda store, reservation, token: store.abort(reservation))
-    assert "somebody else's hands" in damage(layout)
+    monkeypatch.setattr(implementation, "quarantine", lambda store, reservation, token: store.abort(reservation))
+    assert "somebody else's hands" in damage(layout, implementation)
 
 
 def test_without_generations_a_slot_looks_the_same_after_its_reuse(
@@ -372,30 +388,49 @@ def test_without_generations_a_slot_looks_the_same_after_its_reuse(
 ) -> None:
     real = SlotAllocator.take
 
-    def take(slots: SlotAllocator[Block], slot_bytes: int, occupant: Block) -> int | None:
+    def take(slots: SlotAllocator[Any], slot_bytes: int, occupant: reference.Block) -> int | None:
         offset = real(slots, slot_bytes, occupant)
         slots.generation = 1
         return offset
 
     monkeypatch.setattr(SlotAllocator, "take", take)
-    assert "old generation" in damage(layout)
+    assert "old generation" in damage(layout, ReferenceStore)
 
 
 def test_without_single_flight_two_writers_meet(layout: Callable[..., Layout], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Forgetful(dict[bytes, Block]):
+    class Forgetful(dict[bytes, reference.Block]):
         """Never says that somebody is writing."""
 
         def __contains__(self, key: object) -> bool:
             return False
 
-    real = dram._Space.__init__
+    real = reference._Space.__init__
 
-    def forgetful(space: dram._Space, *args: object) -> None:
+    def forgetful(space: reference._Space, *args: object) -> None:
         real(space, *args)  # type: ignore[arg-type]
         space.writing = Forgetful()
 
-    monkeypatch.setattr(dram._Space, "__init__", forgetful)
-    assert "not BUSY" in damage(layout)
+    monkeypatch.setattr(reference._Space, "__init__", forgetful)
+    assert "not BUSY" in damage(layout, ReferenceStore)
+
+
+@pytest.mark.parametrize("guard", ["generation", "eviction order"])
+def test_a_core_that_answers_otherwise_than_the_reference_is_noticed(
+    guard: str, layout: Callable[..., Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison itself: a reference that is a little different must not agree."""
+    if guard == "generation":
+        real = SlotAllocator.take
+
+        def take(slots: SlotAllocator[Any], slot_bytes: int, occupant: reference.Block) -> int | None:
+            slots.generation += slots.generation == 500
+            return real(slots, slot_bytes, occupant)
+
+        monkeypatch.setattr(SlotAllocator, "take", take)
+    else:
+        monkeypatch.setattr(Lru, "access", lambda lru, block: None)
+    with pytest.raises(Different):
+        run(World(layout), 7, 20_000)
 
 
 # ---- hypothesis: shorter sequences, but it looks for the nasty ones and shrinks them
@@ -404,7 +439,7 @@ layouts = st.integers(0, len(BLOCK_BYTES) - 1)
 keys = st.sampled_from(KEY[:8])
 numbers = st.integers(0, 20)
 tokens = st.sampled_from([1, 2])
-holders = st.sampled_from("abc")
+holders = st.sampled_from(HOLDERS)
 
 
 def small_layout(block_bytes: int, model: str) -> Layout:
@@ -446,7 +481,7 @@ class DramMachine(RuleBasedStateMachine):
         self.world.clear(token)
 
     @rule(i=layouts, chain=st.lists(keys, min_size=1, max_size=5), ttl_s=st.floats(0, 6), holder=holders)
-    def pin(self, i: int, chain: list[bytes], ttl_s: float, holder: str) -> None:
+    def pin(self, i: int, chain: list[bytes], ttl_s: float, holder: int) -> None:
         self.world.pin(i, chain, ttl_s, holder)
 
     @rule(n=numbers)
@@ -458,7 +493,7 @@ class DramMachine(RuleBasedStateMachine):
         self.world.wait(seconds)
 
     @rule(holder=holders)
-    def disconnect(self, holder: str) -> None:
+    def disconnect(self, holder: int) -> None:
         self.world.disconnect(holder)
 
     @rule()
@@ -492,10 +527,10 @@ TestDramMachine = DramMachine.TestCase
 
 @pytest.mark.parametrize("seed", range(2))
 def test_with_one_layout_and_no_leases_the_store_is_exactly_an_lru_cache(
-    seed: int, layout: Callable[..., Layout]
+    seed: int, implementation: type[DramStore], layout: Callable[..., Layout]
 ) -> None:
     rng, slots = random.Random(seed), 40
-    store = DramStore(slots * PAGE, extent_bytes=8 * PAGE)
+    store = implementation(slots * PAGE, extent_bytes=8 * PAGE)
     namespace = store.register(layout(PAGE))
     model: OrderedDict[bytes, None] = OrderedDict()
 
@@ -508,7 +543,7 @@ def test_with_one_layout_and_no_leases_the_store_is_exactly_an_lru_cache(
         if rng.random() < 0.5:
             got = store.reserve(namespace, key, step)
             assert (got is Status.EXISTS) == (key in model)
-            if isinstance(got, Reservation):
+            if not isinstance(got, Status):
                 store.commit(got, bytes(16), step)
                 if len(model) == slots:
                     model.popitem(last=False)
@@ -517,7 +552,7 @@ def test_with_one_layout_and_no_leases_the_store_is_exactly_an_lru_cache(
         else:
             chain = [key, *(min(int(rng.expovariate(0.03)), 255).to_bytes(8, "little") for _ in range(2))]
             chain = list(dict.fromkeys(chain))
-            pinned = store.pin(namespace, chain, 1.0, step, "p")
+            pinned = store.pin(namespace, chain, 1.0, step, 1)
             assert [block is not None for block in pinned.blocks] == [key in model for key in chain]
             store.release(pinned.lease_id, step)
             use(chain)

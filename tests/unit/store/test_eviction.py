@@ -8,8 +8,8 @@ from itertools import islice
 
 import pytest
 
-from p2pkv.store.base import Block, EvictionPolicy
-from p2pkv.store.eviction import Lru, NoEviction
+from p2pkv.store.eviction import EvictionPolicy, Lru, NoEviction
+from p2pkv.store.reference import Block
 
 
 def block(i: int) -> Block:
@@ -20,13 +20,14 @@ def nobody(_: Block) -> bool:
     return False
 
 
-def order(policy: EvictionPolicy, held: Callable[[Block], bool] = nobody) -> list[int]:
+def order(policy: EvictionPolicy[Block], held: Callable[[Block], bool] = nobody) -> list[int]:
     return [each.generation for each in policy.victims(held)]
 
 
 @pytest.fixture
-def four() -> tuple[Lru, list[Block]]:
-    lru, blocks = Lru(), [block(i) for i in range(4)]
+def four() -> tuple[Lru[Block], list[Block]]:
+    lru: Lru[Block] = Lru()
+    blocks = [block(i) for i in range(4)]
     for each in blocks:
         lru.insert(each)
     return lru, blocks
@@ -36,14 +37,14 @@ def test_blocks_are_told_apart_by_identity_not_by_value() -> None:
     assert len({block(1), block(1)}) == 2
 
 
-def test_the_least_recently_used_goes_first(four: tuple[Lru, list[Block]]) -> None:
+def test_the_least_recently_used_goes_first(four: tuple[Lru[Block], list[Block]]) -> None:
     lru, blocks = four
     lru.access(blocks[0])
     lru.access(blocks[2])
     assert order(lru) == [1, 3, 0, 2]
 
 
-def test_what_is_removed_is_no_victim(four: tuple[Lru, list[Block]]) -> None:
+def test_what_is_removed_is_no_victim(four: tuple[Lru[Block], list[Block]]) -> None:
     lru, blocks = four
     lru.remove(blocks[1])
     assert order(lru) == [0, 2, 3]
@@ -52,13 +53,13 @@ def test_what_is_removed_is_no_victim(four: tuple[Lru, list[Block]]) -> None:
         lru.check_integrity(blocks)
 
 
-def test_what_is_held_is_no_victim_and_counts_as_used(four: tuple[Lru, list[Block]]) -> None:
+def test_what_is_held_is_no_victim_and_counts_as_used(four: tuple[Lru[Block], list[Block]]) -> None:
     lru, blocks = four
     assert order(lru, lambda each: each in (blocks[0], blocks[1])) == [2, 3]
     assert order(lru) == [2, 3, 0, 1]
 
 
-def test_one_victim_is_the_first_of_many(four: tuple[Lru, list[Block]]) -> None:
+def test_one_victim_is_the_first_of_many(four: tuple[Lru[Block], list[Block]]) -> None:
     lru, blocks = four
     for held in (nobody, lambda each: each is blocks[0], lambda each: each is not blocks[3], lambda each: True):
         one = lru.victim(held)
@@ -66,7 +67,7 @@ def test_one_victim_is_the_first_of_many(four: tuple[Lru, list[Block]]) -> None:
     assert NoEviction().victim(nobody) is None
 
 
-def test_looking_at_a_few_victims_does_not_change_the_order_of_the_rest(four: tuple[Lru, list[Block]]) -> None:
+def test_looking_at_a_few_victims_does_not_change_the_order_of_the_rest(four: tuple[Lru[Block], list[Block]]) -> None:
     lru, _ = four
     assert [each.generation for each in islice(lru.victims(nobody), 2)] == [0, 1]
     assert order(lru) == [0, 1, 2, 3]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pkv.errors import Busy, InvalidArgument
-from p2pkv.store.lease import CountedBits, Lease, LeaseLimits, LeaseTable
+from p2pkv.store.base import LeaseLimits
+from p2pkv.store.lease import CountedBits, Lease, LeaseTable
 
 
 class Ended(list[Lease[str]]):
