@@ -188,7 +188,6 @@ Server::Next Server::go_on(Connection& connection, std::string_view bytes) {
             connection.answer->fill_final(&done);
             sent += done.bytes;
             count_answer(connection, true);
-            if (connection.lease == 0) connection.ends_at = kNever;
         }
         if (sent >= kTurnBytes && connection.inbox.queued() != 0) return Next::write;
         unsigned char type;

@@ -75,6 +75,8 @@ NONSENSE = {
     "too few fields": frame(GET, pack([1, []])),
     "too many fields": frame(GET, pack([1, [], 1, 1])),
     "something after the message": frame(GET, pack([1, [], 1]) + b"\x00"),
+    "another count of fields than there are": frame(GET, b"\x94" + pack([1, [], 1])[1:]),
+    "something after a RELEASE": frame(RELEASE, pack([0]) + b"\x00"),
     "a negative namespace": frame(GET, pack([-1, [], 1])),
     "a text for a key": frame(GET, pack([1, ["x" * 16], 1])),
     "a short key": frame(GET, pack([1, [bytes(7)], 1])),
