@@ -41,7 +41,8 @@ std::string text(nb::bytes bytes) { return std::string(bytes.c_str(), bytes.size
 void bind_lane(nb::module_& m) {
     nb::class_<Pool>(m, "Pool")
         .def(nb::init<size_t, double>(), "per_node"_a, "ceiling_s"_a)
-        .def("give", &Pool::give, "node"_a, "slot"_a, "fd"_a)
+        .def("give", [](Pool& pool, uint64_t node, uint32_t slot, int fd) { pool.give(node, slot, fd); }, "node"_a,
+             "slot"_a, "fd"_a)
         .def("take", &Pool::take, "node"_a)
         .def("drop", &Pool::drop, "node"_a)
         .def("clear", &Pool::clear)

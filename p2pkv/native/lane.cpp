@@ -440,6 +440,12 @@ void Lane::on_end(Pull& pull, IoEvent event) {
         }
     }
     const bool all = came.size() == pull.indices.size();
+    const bool reusable = event.code == Code::ok;
+    if (reusable) {
+        pool_.give(pull.node, pull.slot, pull.fd, true);  // before the answer: the engine's next get may need it
+    } else {
+        ::close(pull.fd);
+    }
     bool closed;
     {
         std::lock_guard lock(request.connection->mutex);
@@ -459,20 +465,12 @@ void Lane::on_end(Pull& pull, IoEvent event) {
 
     // What is not urgent: the engine has its answer.
     pool_.learn(pull.node, event.waited_s);
-    bool reusable = event.code == Code::ok;
     if (reusable) {
         std::string body;
         msgpack::Writer writer(&body);
         writer.array(1);
         writer.uint(0);
-        const std::string release = frame_of(kPeerRelease, 0, body);
-        reusable = ::send(pull.fd, release.data(), release.size(), MSG_NOSIGNAL | MSG_DONTWAIT) ==
-                   static_cast<ssize_t>(release.size());
-    }
-    if (reusable) {
-        pool_.give(pull.node, pull.slot, pull.fd);
-    } else {
-        ::close(pull.fd);
+        pool_.settle(pull.node, pull.fd, frame_of(kPeerRelease, 0, body));
     }
     if (event.code == Code::stalled) pool_.drop(pull.node);  // its other connections will not answer either
     landed.space = request.space;

@@ -1,5 +1,6 @@
 #include "pool.hpp"
 
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,22 +13,36 @@ constexpr double kFactor = 4.0;
 constexpr double kForget = 0.95;
 }  // namespace
 
-void Pool::give(uint64_t node, uint32_t slot, int fd) {
+void Pool::give(uint64_t node, uint32_t slot, int fd, bool owes_release) {
     std::lock_guard lock(mutex_);
     Peer& peer = peers_[node];
     if (peer.slot != slot) node_of_slot_.erase(peer.slot);
     peer.slot = slot;
     if (slot != 0) node_of_slot_[slot] = node;
     if (peer.idle.size() >= per_node_) {
-        close(peer.idle.front());
+        close(peer.idle.front().fd);
         peer.idle.pop_front();
     }
-    peer.idle.push_back(fd);
+    peer.idle.push_back({fd, owes_release});
+}
+
+void Pool::settle(uint64_t node, int fd, const std::string& release) {
+    std::lock_guard lock(mutex_);
+    const auto it = peers_.find(node);
+    if (it == peers_.end()) return;
+    auto& idle = it->second.idle;
+    const auto mine = std::find_if(idle.begin(), idle.end(), [fd](const Idle& each) { return each.fd == fd; });
+    if (mine == idle.end() || !mine->owes_release) return;
+    mine->owes_release = false;
+    const ssize_t sent = send(fd, release.data(), release.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent == static_cast<ssize_t>(release.size())) return;
+    close(fd);  // the owner sees that
+    idle.erase(mine);
 }
 
 int Pool::pop(Peer& peer) {
     if (peer.idle.empty()) return -1;
-    const int fd = peer.idle.back();
+    const int fd = peer.idle.back().fd;
     peer.idle.pop_back();
     return fd;
 }
@@ -55,7 +70,7 @@ void Pool::drop(uint64_t node) {
     std::lock_guard lock(mutex_);
     const auto it = peers_.find(node);
     if (it == peers_.end()) return;
-    for (const int fd : it->second.idle) close(fd);
+    for (const Idle& each : it->second.idle) close(each.fd);
     node_of_slot_.erase(it->second.slot);
     peers_.erase(it);
 }
@@ -63,7 +78,7 @@ void Pool::drop(uint64_t node) {
 void Pool::clear() {
     std::lock_guard lock(mutex_);
     for (auto& [node, peer] : peers_)
-        for (const int fd : peer.idle) close(fd);
+        for (const Idle& each : peer.idle) close(each.fd);
     peers_.clear();
     node_of_slot_.clear();
 }

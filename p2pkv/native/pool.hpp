@@ -2,6 +2,7 @@
 #pragma once
 #include <deque>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -22,7 +23,10 @@ class Pool {
 
     // Keep a connection that nothing is under way on. `slot`: the node's place in the index, for take_slot (0: none); it
     // stays the node's for as long as the node has connections here. The oldest goes when there are too many.
-    void give(uint64_t node, uint32_t slot, int fd);
+    void give(uint64_t node, uint32_t slot, int fd, bool owes_release = false);
+    // Tell the owner that we are done with its answer, on a connection that was given back owing that; whoever has taken
+    // it meanwhile does so by the next request. `release`: the frame.
+    void settle(uint64_t node, int fd, const std::string& release);
     int take(uint64_t node);
     Taken take_slot(uint32_t slot);
     // Close what is kept for a node; what is in use at the moment comes back by give() and is closed by the next drop().
@@ -34,10 +38,14 @@ class Pool {
     void learn(uint64_t node, double waited_s);
 
   private:
+    struct Idle {
+        int fd;
+        bool owes_release;
+    };
     struct Peer {
         uint32_t slot = 0;
         double slowest_s = 0;
-        std::deque<int> idle;  // the warmest last
+        std::deque<Idle> idle;  // the warmest last
     };
     double first_byte_s(const Peer& peer) const;
     int pop(Peer& peer);

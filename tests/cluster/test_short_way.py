@@ -13,6 +13,7 @@ from p2pkv.types import Status
 from p2pkv.wire import engine
 from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout, visible
 from tests.cluster.blocks import block_of, blocks_of, new_keys
+from tests.cluster.proxy import Proxy
 from tests.cluster.raw import lane_connection
 from tests.cluster.transports import TCP, options
 
@@ -90,16 +91,23 @@ def test_a_key_that_is_named_twice_comes_twice(pair: list[AgentProcess]) -> None
     assert read(cache, [key, other, key]) == [Status.OK] * 3
 
 
-def test_a_block_that_the_owner_has_lost_is_a_miss(cluster: Cluster) -> None:
-    """The index says that it is there; the lane asks, is told no, and hands over."""
-    pair = cluster.start(2, capacity="16MiB", settings={"peer.flush_ms": 60_000})
-    cluster.connected()
-    cache = warm(pair)
-    first = put(pair[0], 1)
-    visible(cache, first)
-    put(pair[0], 300)
-    assert read(cache, first) == [Status.MISS]
-    assert pair[1].metric("p2pkv_pulls_failed_total") >= 1
+def test_a_block_that_arrives_with_a_flipped_bit_is_rejected_once(cluster: Cluster) -> None:
+    """By the lane, which hands the get over; the node that sent it is not asked again."""
+    with Proxy() as proxy:
+        [owner] = cluster.start(1, settings={"peer.advertise": proxy.address})
+        proxy.target = owner.peer_port
+        [reader] = cluster.start(1, seeds=(proxy.address,))
+        cluster.connected()
+        cache = warm([owner, reader])
+        [bad, good] = put(owner, 2)
+        visible(cache, [bad, good])
+        proxy.flip_next = True
+        assert read(cache, [bad]) == [Status.REJECTED]
+        assert proxy.flipped == 1
+        assert read(cache, [good]) == [Status.OK]
+        assert reader.metric("p2pkv_rejected_blocks_total") == 1
+        assert reader.metric(PEER) == 1 and reader.metric(HANDED_OVER) == 2, "the first get of all, and this one"
+        assert read(cache, [bad]) == [Status.OK]
 
 
 def test_two_engines_that_want_the_same_block_pull_it_once(pair: list[AgentProcess]) -> None:

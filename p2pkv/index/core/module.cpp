@@ -152,7 +152,7 @@ namespace {
 std::size_t holders_of_all(void* index, const std::uint64_t* keys, std::size_t count, std::uint32_t* slots,
                            std::size_t most) {
   std::size_t found = 0;
-  for (const auto& row : static_cast<const PrefixIndex*>(index)->match(Keys(keys, count * sizeof(Key)), false))
+  for (const auto& row : static_cast<const PrefixIndex*>(index)->match(Keys(keys, count), false))
     if (row.depth == count && row.node != 0 && found < most) slots[found++] = row.node;  // 0: this node itself
   return found;
 }
