@@ -101,7 +101,7 @@ def test_a_block_that_arrives_with_a_flipped_bit_is_rejected_once(cluster: Clust
         cache = warm([owner, reader])
         [bad, good] = put(owner, 2)
         visible(cache, [bad, good])
-        proxy.flip_next = True
+        proxy.flip_at = BLOCK + BLOCK // 2  # of what this connection carries: the block of the get before comes first
         assert read(cache, [bad]) == [Status.REJECTED]
         assert proxy.flipped == 1
         assert read(cache, [good]) == [Status.OK]
