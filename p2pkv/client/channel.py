@@ -7,6 +7,7 @@ one thread that is a plain send and receive. Nothing here waits longer than the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import select
 import socket
@@ -179,6 +180,8 @@ class Channel:
     def _break(self, reason: str) -> None:
         if self.broken is None:
             self.broken = AgentUnavailable("the connection to the agent is gone", reason=reason)
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes whoever sleeps on it; closing does not
             self._sock.close()
             self._arrived.notify_all()
 

@@ -42,9 +42,8 @@ class Connection(Channel):
             if len(descriptors) > 1:
                 self.lane = Channel(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=descriptors[1]))
 
-    def close(self, reason: str = "closed") -> None:
-        """Break the connection on purpose."""
-        super().close(reason)
+    def _break(self, reason: str) -> None:
+        super()._break(reason)
         if self.lane is not self:
             self.lane.close(reason)
 
