@@ -105,7 +105,7 @@ class Pool:
     def idle(self) -> int: ...
 
 LaneEvent = tuple[
-    int, int, int, int, list[bytes], bytes, bytes, float, float, int, int, int, int, int, int, int, float, bytes
+    int, int, int, int, list[bytes], bytes, bytes, float, float, int, int, bool, int, int, int, int, int, float, bytes
 ]
 
 class Lane:
@@ -124,7 +124,9 @@ class Lane:
         arena: int,
         lease_ttl_s: float,
         stall_s: float,
-        pull_bytes_max: int,
+        stream_bytes: int,
+        streams: int,
+        partial_bytes: int,
         in_flight_max: int,
     ) -> None: ...
     def add(self, connection: int, fd: int, holder: int) -> None: ...

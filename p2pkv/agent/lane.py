@@ -37,20 +37,29 @@ class Rest(NamedTuple):
     code: Code
 
 
-class Landed(NamedTuple):
-    """A pull of the lane's has ended. ``keys``, ``statuses``: of the blocks that somebody had asked to watch."""
+class PullEnd(NamedTuple):
+    """How a whole pull ended, in blocks; ``rejected`` and ``missed`` are part of ``failed``."""
 
-    namespace: int
-    keys: list[bytes]
-    statuses: list[Status]
-    node: int
-    code: Code
     blocks: int
+    bytes_moved: int
     failed: int
     rejected: int
     missed: int
-    bytes_moved: int
     reason: str
+
+
+class Landed(NamedTuple):
+    """Blocks of a pull have come that somebody had asked to watch (``keys``, ``statuses``), or it is over.
+
+    ``end``: then, and only then.
+    """
+
+    namespace: int
+    keys: list[bytes]
+    statuses: Sequence[Status]
+    node: int
+    code: Code
+    end: PullEnd | None
 
 
 class _Kind(enum.IntEnum):
@@ -127,32 +136,18 @@ class EngineLane:
 
     def _on_events(self) -> None:
         for event in self._native.drain():
-            (
-                kind, connection, request_id, namespace, keys, statuses, settled, asked_at, deadline, node, code,
-                blocks, failed, rejected, missed, bytes_moved, _, detail,
-            ) = event  # fmt: skip
+            kind, connection, request_id, namespace, keys, statuses, settled, asked_at, deadline, node = event[:10]
+            code, final, blocks, failed, rejected, missed, moved, _, detail = event[10:]
+            reason = detail.decode(errors="replace")
             if kind == _Kind.LANDED:
-                self._on_landed(
-                    Landed(
-                        namespace,
-                        keys,
-                        _statuses(statuses),
-                        node,
-                        Code(code),
-                        blocks,
-                        failed,
-                        rejected,
-                        missed,
-                        bytes_moved,
-                        detail.decode(errors="replace"),
-                    )  # fmt: skip
-                )
+                ended = PullEnd(blocks, moved, failed, rejected, missed, reason) if final else None
+                self._on_landed(Landed(namespace, keys, _statuses(statuses), node, Code(code), ended))
                 continue
             port = self._ports.get(connection)
             if port is None:
                 continue
             if kind == _Kind.GONE:
-                port.on_gone(detail.decode(errors="replace"))
+                port.on_gone(reason)
                 continue
             worst = {i: Status(status) for i, status in enumerate(statuses) if status != UNSETTLED}
             port.on_rest(Rest(request_id, namespace, keys, settled, worst, asked_at, deadline, node, Code(code)))

@@ -417,13 +417,13 @@ class CacheService:
             return
         if landed.keys:
             self.fetcher.landed_elsewhere(landed.namespace, landed.keys, landed.statuses)
-        silent = landed.code is Code.STALLED and not landed.blocks
-        self.fetcher.count_elsewhere(
-            landed.node,
-            PullCounts(landed.blocks, landed.bytes_moved, landed.failed, landed.rejected, landed.missed),
-            silent=silent,
-            reason=landed.reason,
-        )
+        if (end := landed.end) is not None:
+            self.fetcher.count_elsewhere(
+                landed.node,
+                PullCounts(end.blocks, end.bytes_moved, end.failed, end.rejected, end.missed),
+                silent=landed.code is Code.STALLED and not end.blocks,
+                reason=end.reason,
+            )
 
     def totals(self) -> ServiceStats:
         """All counters since the start, those of the lane included."""

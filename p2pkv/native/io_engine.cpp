@@ -119,7 +119,7 @@ void IoEngine::report(Transfer& transfer) {
     event.code = transfer.code;
     event.detail = std::move(transfer.detail);
     transfer.fill_final(&event);
-    if (transfer.on_end) return transfer.on_end(std::move(event));
+    if (transfer.on_event) return transfer.on_event(std::move(event));
     completions_.push(std::move(event));
 }
 
@@ -147,7 +147,11 @@ void IoEngine::step(uint64_t job) {
     IoEvent partial;
     if (entry->transfer->take_partial(&partial)) {
         partial.job = job;
-        completions_.push(std::move(partial));
+        if (entry->transfer->on_event) {
+            entry->transfer->on_event(std::move(partial));
+        } else {
+            completions_.push(std::move(partial));
+        }
     }
     const uint32_t events = want == Transfer::Want::read ? EPOLLIN : EPOLLOUT;
     if (events != entry->armed) {

@@ -22,7 +22,6 @@ constexpr size_t kRecvBytes = 64 << 10;
 constexpr size_t kOutBytesMax = 16 << 20;
 constexpr uint64_t kKeysMax = 16384;           // p2pkv/wire/fields.py
 constexpr double kDeadlineMax = 600;           // seconds; as DEADLINE_MS_MAX in p2pkv/agent/ipc.py
-constexpr size_t kDuplicatesMax = 64;          // more keys than this are not looked through for twins
 constexpr uint64_t kJobBase = uint64_t{1} << 62;  // apart from the jobs of p2pkv/transport/movers.py
 constexpr uint32_t kHoldersMax = 16;
 constexpr int kEventsMax = 64;
@@ -90,8 +89,14 @@ struct Lane::Request {
     uint64_t space = 0, salt = 0;
     std::string body;                    // what the keys are views of
     std::vector<std::string_view> keys;
+
+    std::mutex mutex;  // guards what follows: pulls may end on two threads at once
     std::vector<unsigned char> settled;  // per key: 1 once the engine has been answered
     std::vector<unsigned char> failed;   // per key: how the lane's attempt at it failed
+    size_t left = 0;                     // keys that are not settled
+    size_t pulls = 0;                    // under way
+    uint64_t failed_node = 0;            // whom Python should not ask first
+    Code failed_code = Code::ok;
 };
 
 struct Lane::Pull {
@@ -100,8 +105,11 @@ struct Lane::Pull {
     uint64_t node = 0;
     uint32_t slot = 0;
     int fd = -1;
+    double first_byte_s = 0;
     std::vector<uint32_t> indices;  // into the request's keys
     std::vector<store::BlockRef> blocks;
+    size_t done = 0;      // of them, committed or aborted
+    uint64_t came = 0;    // committed
 };
 
 Lane::Lane(store::Store& store, IoEngine& receiver, Pool& pool, const index::Lookup& lookup, LaneOptions options)
@@ -293,6 +301,7 @@ bool Lane::parse_get(Request& request) {
     request.asked_at = now_s();
     request.deadline = request.asked_at + std::min(static_cast<double>(deadline_ms) / 1000, kDeadlineMax);
     request.settled.assign(count, 0);
+    request.left = count;
     request.failed.assign(count, kUnsettled);
     return true;
 }
@@ -319,6 +328,7 @@ void Lane::on_get(const std::shared_ptr<Request>& request) {
         if (!pinned.places[i].hit) continue;
         here.push_back(i);
         request->settled[i] = 1;
+        --request->left;
         bytes += pinned.places[i].length;
     }
     hits_local += here.size();
@@ -328,144 +338,189 @@ void Lane::on_get(const std::shared_ptr<Request>& request) {
     if (more && !start_pull(request)) hand_over(*request, 0, Code::ok);
 }
 
-// Whether what is missing is on its way. It is when one peer has all of it, a connection to that peer is idle, nobody
-// else is writing any of it, and it is worth one connection.
+// Whether what is missing is on its way. It is when one peer has all of it, enough connections to that peer are idle,
+// and nobody else is writing any of it.
 bool Lane::start_pull(const std::shared_ptr<Request>& request) {
-    auto pull = std::make_shared<Pull>();
-    pull->request = request;
+    std::vector<std::shared_ptr<Pull>> pulls;
+    const bool planned = plan(request, &pulls);
+    if (!planned) {
+        for (const auto& pull : pulls) {
+            for (const store::BlockRef& block : pull->blocks) store_.abort(block);
+            pool_.give(pull->node, pull->slot, pull->fd);
+        }
+        return false;
+    }
+    request->pulls = pulls.size();
+    request->connection->in_flight += static_cast<uint32_t>(pulls.size());
+    {
+        std::lock_guard lock(mutex_);
+        for (const auto& pull : pulls) {
+            pull->job = next_job_++;
+            pulls_.insert(pull->job);
+            for (const uint32_t i : pull->indices) flights_[flight_of(request->space, request->keys[i])] = false;
+        }
+    }
+    for (const auto& pull : pulls) submit(pull);
+    return true;
+}
+
+// Connections taken and slots reserved; false: it cannot be done, and what is in `pulls` has to be given back.
+bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared_ptr<Pull>>* pulls) {
+    std::vector<uint32_t> missing;
     std::vector<uint64_t> index_keys;
+    std::unordered_set<std::string_view> twins;
     for (uint32_t i = 0; i < request->keys.size(); ++i) {
         if (request->settled[i]) continue;
         uint64_t hash;
         std::memcpy(&hash, request->keys[i].data(), sizeof hash);
-        pull->indices.push_back(i);
+        missing.push_back(i);
         index_keys.push_back(hash ^ request->salt);
+        if (request->left > 1 && !twins.insert(request->keys[i]).second) return false;
     }
-    const size_t count = pull->indices.size();
     const uint64_t block_bytes = store_.block_bytes(request->space);
-    if (block_bytes == 0 || count > kDuplicatesMax || count * block_bytes > options_.pull_bytes_max) return false;
-    for (size_t i = 0; i < count; ++i)
-        for (size_t j = 0; j < i; ++j)
-            if (request->keys[pull->indices[i]] == request->keys[pull->indices[j]]) return false;
-
+    if (block_bytes == 0) return false;
     uint32_t slots[kHoldersMax];
-    const size_t holders = lookup_.holders_of_all(lookup_.index, index_keys.data(), count, slots, kHoldersMax);
-    Pool::Taken taken;
-    const size_t turn = holders > 1 ? next_job_ % holders : 0;  // so that no holder of a hot block is asked most
-    for (size_t i = 0; i < holders && taken.fd < 0; ++i) {
-        pull->slot = slots[(turn + i) % holders];
-        taken = pool_.take_slot(pull->slot);
+    const size_t holders =
+        lookup_.holders_of_all(lookup_.index, index_keys.data(), index_keys.size(), slots, kHoldersMax);
+    if (holders == 0) return false;
+
+    const uint64_t bytes = missing.size() * block_bytes;
+    const size_t streams = std::clamp<size_t>((bytes + options_.stream_bytes - 1) / options_.stream_bytes, 1,
+                                              std::min<size_t>(options_.streams, missing.size()));
+    const size_t turn = next_job_ % holders;  // so that no holder of a hot block is asked most
+    for (size_t h = 0; h < holders && pulls->empty(); ++h) {
+        const uint32_t slot = slots[(turn + h) % holders];
+        while (pulls->size() < streams) {
+            const Pool::Taken taken = pool_.take_slot(slot);
+            if (taken.fd < 0) break;
+            auto pull = std::make_shared<Pull>();
+            pull->request = request;
+            pull->slot = slot;
+            pull->node = taken.node;
+            pull->fd = taken.fd;
+            pull->first_byte_s = taken.first_byte_s;
+            pulls->push_back(std::move(pull));
+        }
     }
-    if (taken.fd < 0) return false;
-    pull->fd = taken.fd;
-    pull->node = taken.node;
+    if (pulls->size() < streams) return false;  // Python dials; they are in the pool next time
 
     const double now = now_s();
-    std::vector<Destination> destinations;
-    for (const uint32_t i : pull->indices) {
+    for (size_t n = 0; n < missing.size(); ++n) {  // neighbours go together
+        Pull& pull = *(*pulls)[n * streams / missing.size()];
         store::BlockRef block;
-        if (store_.reserve(request->space, request->keys[i], now, &block) != store::Reserved::ok) {
-            for (const store::BlockRef& reserved : pull->blocks) store_.abort(reserved);
-            pool_.give(pull->node, pull->slot, pull->fd);
-            return false;
-        }
-        destinations.push_back({reinterpret_cast<unsigned char*>(options_.arena) + store::Store::offset_of(*block),
-                                static_cast<uint32_t>(store::Store::length_of(*block))});
-        pull->blocks.push_back(std::move(block));
+        const std::string_view key = request->keys[missing[n]];
+        if (store_.reserve(request->space, key, now, &block) != store::Reserved::ok) return false;
+        pull.indices.push_back(missing[n]);
+        pull.blocks.push_back(std::move(block));
     }
-
-    std::string body;
-    msgpack::Writer writer(&body);
-    writer.array(3);
-    writer.uint(request->space);
-    writer.array(static_cast<uint32_t>(count));
-    for (const uint32_t i : pull->indices) writer.bin(request->keys[i]);
-    writer.uint(static_cast<uint64_t>(options_.lease_ttl_s * 1000));
-
-    const auto to_duration = [](double s) {
-        return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::max(0.0, s)));
-    };
-    const Limits limits{Clock::now() + to_duration(request->deadline - now), to_duration(taken.first_byte_s),
-                        to_duration(options_.stall_s)};
-    pull->job = next_job_++;
-    auto receive = std::make_unique<Receive>(pull->job, pull->fd, limits, frame_of(kPeerGet, 0, body),
-                                             std::move(destinations), ~uint64_t{0});
-    receive->on_end = [this, pull](IoEvent event) { on_end(*pull, std::move(event)); };
-    {
-        std::lock_guard lock(mutex_);
-        pulls_.insert(pull->job);
-        for (const uint32_t i : pull->indices) flights_[flight_of(request->space, request->keys[i])] = false;
-    }
-    ++request->connection->in_flight;
-    if (receiver_.submit(std::move(receive))) return true;
-    IoEvent refused;
-    refused.code = Code::cancelled;
-    on_end(*pull, std::move(refused));  // hands the request over
     return true;
 }
 
-// The pull is over and nothing is written to its slots any more. On the I/O thread, or the lane's.
-void Lane::on_end(Pull& pull, IoEvent event) {
-    Request& request = *pull.request;
-    const double now = now_s();
+void Lane::submit(const std::shared_ptr<Pull>& pull) {
+    const Request& request = *pull->request;
+    std::vector<Destination> destinations;
+    for (const store::BlockRef& block : pull->blocks)
+        destinations.push_back({reinterpret_cast<unsigned char*>(options_.arena) + store::Store::offset_of(*block),
+                                static_cast<uint32_t>(store::Store::length_of(*block))});
+    std::string body;
+    msgpack::Writer writer(&body);
+    writer.array(3);
+    writer.uint(request.space);
+    writer.array(static_cast<uint32_t>(pull->indices.size()));
+    for (const uint32_t i : pull->indices) writer.bin(request.keys[i]);
+    writer.uint(static_cast<uint64_t>(options_.lease_ttl_s * 1000));
+    const auto to_duration = [](double s) {
+        return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::max(0.0, s)));
+    };
+    const Limits limits{Clock::now() + to_duration(request.deadline - now_s()), to_duration(pull->first_byte_s),
+                        to_duration(options_.stall_s)};
+    auto receive = std::make_unique<Receive>(pull->job, pull->fd, limits, frame_of(kPeerGet, 0, body),
+                                             std::move(destinations), options_.partial_bytes);
+    receive->on_event = [this, pull](IoEvent event) { on_event(*pull, std::move(event)); };
+    if (receiver_.submit(std::move(receive))) return;
+    IoEvent refused;  // it is full; the request is handed over once all its pulls are over
+    refused.final = true;
+    refused.code = Code::cancelled;
+    on_event(*pull, std::move(refused));
+}
+
+// Blocks of a pull have come, or it is over. On the I/O thread, or the lane's.
+void Lane::on_event(Pull& pull, IoEvent event) {
     LaneEvent landed;
     landed.kind = LaneEvent::Kind::landed;
+    if (event.final && event.code == Code::ok) {
+        pool_.give(pull.node, pull.slot, pull.fd, true);  // before the answer: the engine's next get may need it
+    } else if (event.final) {
+        ::close(pull.fd);
+    }
+    settle_blocks(pull, event, &landed);
+    if (event.final) return on_end(pull, std::move(event), std::move(landed));
+    if (landed.keys.empty()) return;
+    landed.space = pull.request->space;
+    landed.node = pull.node;
+    events_.push(std::move(landed));
+}
+
+// Commit what has come, and give it to the engine.
+void Lane::settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed) {
+    Request& request = *pull.request;
+    const double now = now_s();
+    const size_t end = event.final ? pull.blocks.size() : pull.done + event.statuses.size();
+    const size_t first = pull.done;
     std::vector<uint32_t> came;
     std::vector<std::string_view> keys;
-    for (size_t i = 0; i < pull.indices.size(); ++i) {
-        const uint32_t index = pull.indices[i];
-        const unsigned char status = i < event.statuses.size() ? event.statuses[i] : status_of(event.code);
-        if (status == kOk && store_.commit(pull.blocks[i], event.digests[i], now)) {
+    for (; pull.done < end; ++pull.done) {
+        const uint32_t index = pull.indices[pull.done];
+        const store::BlockRef& block = pull.blocks[pull.done];
+        const size_t n = pull.done - first;
+        const unsigned char status = n < event.statuses.size() ? event.statuses[n] : status_of(event.code);
+        if (status == kOk && store_.commit(block, event.digests[n], now)) {
             came.push_back(index);
             keys.push_back(request.keys[index]);
-            landed.bytes += store::Store::length_of(*pull.blocks[i]);
+            pull.came += 1;
+            bytes_peer += store::Store::length_of(*block);
             continue;
         }
-        if (status != kOk) store_.abort(pull.blocks[i]);
+        if (status != kOk) store_.abort(block);
+        landed->rejected += status == kRejected;
+        landed->missed += status == kMiss;
+        std::lock_guard lock(request.mutex);
         request.failed[index] = status == kOk ? kLost : status;
-        landed.rejected += status == kRejected;
-        landed.missed += status == kMiss;
     }
     {
         std::lock_guard lock(mutex_);
-        pulls_.erase(pull.job);
-        for (const uint32_t index : pull.indices) {
-            const auto flight = flights_.find(flight_of(request.space, request.keys[index]));
+        for (size_t i = first; i < end; ++i) {
+            const auto flight = flights_.find(flight_of(request.space, request.keys[pull.indices[i]]));
             if (flight == flights_.end()) continue;
             if (flight->second) {
-                landed.keys.emplace_back(request.keys[index]);
-                landed.statuses.push_back(request.failed[index] == kUnsettled ? kOk : request.failed[index]);
+                const unsigned char failed = request.failed[pull.indices[i]];
+                landed->keys.emplace_back(request.keys[pull.indices[i]]);
+                landed->statuses.push_back(failed == kUnsettled ? kOk : failed);
             }
             flights_.erase(flight);
         }
     }
-    const bool all = came.size() == pull.indices.size();
-    const bool reusable = event.code == Code::ok;
-    if (reusable) {
-        pool_.give(pull.node, pull.slot, pull.fd, true);  // before the answer: the engine's next get may need it
-    } else {
-        ::close(pull.fd);
-    }
-    bool closed;
+    hits_peer += came.size();
+    if (came.empty()) return;
     {
         std::lock_guard lock(request.connection->mutex);
-        closed = request.connection->closed;
+        if (request.connection->closed) return;
     }
-    if (!closed && !came.empty()) {
-        store::Pinned pinned = store_.pin(request.space, keys, options_.lease_ttl_s, now, request.connection->holder);
-        hits_peer += came.size();
-        bytes_peer += landed.bytes;
-        for (const uint32_t index : came) request.settled[index] = 1;
-        // send_got looks places up by the request's index.
-        std::vector<store::Place> places(request.keys.size());
-        for (size_t i = 0; i < came.size(); ++i) places[came[i]] = pinned.places[i];
-        pinned.places = std::move(places);
-        send_got(request, pinned, came, kPeer, !all);
-    }
+    store::Pinned pinned = store_.pin(request.space, keys, options_.lease_ttl_s, now, request.connection->holder);
+    std::vector<store::Place> places(request.keys.size());  // send_got looks them up by the request's index
+    for (size_t i = 0; i < came.size(); ++i) places[came[i]] = pinned.places[i];
+    pinned.places = std::move(places);
+    // Under the mutex until it is sent: the last part has to be the last one.
+    std::lock_guard lock(request.mutex);
+    for (const uint32_t index : came) request.settled[index] = 1;
+    request.left -= came.size();
+    send_got(request, pinned, came, kPeer, request.left > 0);
+}
 
-    // What is not urgent: the engine has its answer.
+void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
+    Request& request = *pull.request;
     pool_.learn(pull.node, event.waited_s);
-    if (reusable) {
+    if (event.code == Code::ok) {
         std::string body;
         msgpack::Writer writer(&body);
         writer.array(1);
@@ -476,13 +531,27 @@ void Lane::on_end(Pull& pull, IoEvent event) {
     landed.space = request.space;
     landed.node = pull.node;
     landed.code = event.code;
-    landed.blocks = came.size();
-    landed.failed = pull.indices.size() - came.size();
+    landed.final = true;
+    landed.blocks = pull.came;
+    landed.failed = pull.indices.size() - pull.came;
+    landed.bytes = event.bytes;
     landed.waited_s = event.waited_s;
     landed.detail = std::move(event.detail);
+    const bool bad = landed.failed > 0;
     events_.push(std::move(landed));
-    if (!closed && !all) hand_over(request, pull.node, event.code);
+    bool rest;
+    {
+        std::lock_guard lock(request.mutex);
+        if (bad) {
+            request.failed_node = pull.node;
+            request.failed_code = event.code;
+        }
+        rest = --request.pulls == 0 && request.left > 0;
+    }
+    if (rest) hand_over(request, request.failed_node, request.failed_code);
     --request.connection->in_flight;
+    std::lock_guard lock(mutex_);
+    pulls_.erase(pull.job);
 }
 
 void Lane::hand_over(Request& request, uint64_t node, Code code) {

@@ -41,6 +41,7 @@ struct LaneEvent {
     double asked_at = 0, deadline = 0;    // CLOCK_MONOTONIC, seconds
     uint64_t node = 0;                    // whom the lane had asked; 0 = nobody
     Code code = Code::ok;                 // how that ended
+    bool final = false;  // landed: the pull is over, and the figures are its; else blocks have come that are watched
     uint64_t blocks = 0, failed = 0, rejected = 0, missed = 0, bytes = 0;  // landed; rejected and missed: of `failed`
     double waited_s = 0;                  // landed: until the first byte; 0 = none came
     std::string detail;
@@ -50,7 +51,9 @@ struct LaneOptions {
     uintptr_t arena = 0;
     double lease_ttl_s = 10;
     double stall_s = 0.5;
-    uint64_t pull_bytes_max = 8 << 20;  // more is spread over several connections, by Python
+    uint64_t stream_bytes = 8 << 20;  // a pull uses a connection for each so many bytes,
+    uint32_t streams = 4;             // at most so many
+    uint64_t partial_bytes = 2 << 20;  // blocks are given to the engine each time so many bytes have come
     uint32_t in_flight_max = 256;       // per engine
 };
 
@@ -93,7 +96,11 @@ class Lane {
     void on_get(const std::shared_ptr<Request>& request);
     bool on_release(const ConnectionRef& connection, std::string_view body);
     bool start_pull(const std::shared_ptr<Request>& request);
-    void on_end(Pull& pull, IoEvent event);
+    bool plan(const std::shared_ptr<Request>& request, std::vector<std::shared_ptr<Pull>>* pulls);
+    void submit(const std::shared_ptr<Pull>& pull);
+    void on_event(Pull& pull, IoEvent event);
+    void settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed);
+    void on_end(Pull& pull, IoEvent event, LaneEvent landed);
     void hand_over(Request& request, uint64_t node, Code code);
     void send_got(Request& request, const store::Pinned& pinned, const std::vector<uint32_t>& indices,
                   unsigned char source, bool more);

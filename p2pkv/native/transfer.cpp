@@ -130,7 +130,7 @@ bool Receive::next_block() {
 Transfer::Want Receive::read_payload() {
     uint64_t turn = 0;
     while (next_block()) {
-        if (turn >= kTurnBytes) return Want::read;
+        if (turn >= kTurnBytes || unreported_ >= partial_bytes_) return Want::read;
         const Destination& block = blocks_[block_];
         unsigned char* at = block.address + block_got_;
         const ssize_t n = recv(fd, at, std::min(kPiece, block.length - block_got_), MSG_DONTWAIT);

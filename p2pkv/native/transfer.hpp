@@ -78,8 +78,9 @@ class Transfer {
     bool begun = false;  // whether the other side has begun to take part
     Code code = Code::ok;
     std::string detail;
-    // Where the final event goes instead of into the engine's queue; called once, by whichever thread ended the transfer.
-    std::function<void(IoEvent)> on_end;
+    // Where events go instead of into the engine's queue: partial ones on the I/O thread, then the final one, once, on
+    // whichever thread ended the transfer.
+    std::function<void(IoEvent)> on_event;
 
   protected:
     Want fail(Code why, std::string text = {}) {
