@@ -284,7 +284,7 @@ bool Lane::on_frames(const ConnectionRef& connection) {
 bool Lane::on_release(const ConnectionRef& connection, std::string_view body) {
     msgpack::Reader reader(body);
     uint64_t count, lease;
-    if (!reader.array(&count) || count != 1 || !reader.uint(&lease) || !reader.at_end()) return false;
+    if (!reader.array(&count) || count < 1 || !reader.uint(&lease) || !reader.skip(count - 1) || !reader.at_end()) return false;
     store_.release(lease, now_s(), connection->holder);
     return true;
 }
@@ -292,12 +292,12 @@ bool Lane::on_release(const ConnectionRef& connection, std::string_view body) {
 bool Lane::parse_get(Request& request) {
     msgpack::Reader reader(request.body);
     uint64_t fields, count, deadline_ms;
-    if (!reader.array(&fields) || fields != 3 || !reader.uint(&request.space)) return false;
+    if (!reader.array(&fields) || fields < 3 || !reader.uint(&request.space)) return false;
     if (!reader.array(&count) || count > kKeysMax) return false;
     request.keys.resize(count);
     for (std::string_view& key : request.keys)
         if (!reader.bin(&key) || key.size() < store::kKeyBytesMin || key.size() > store::kKeyBytesMax) return false;
-    if (!reader.uint(&deadline_ms) || !reader.at_end()) return false;
+    if (!reader.uint(&deadline_ms) || !reader.skip(fields - 3) || !reader.at_end()) return false;
     request.asked_at = now_s();
     request.deadline = request.asked_at + std::min(static_cast<double>(deadline_ms) / 1000, kDeadlineMax);
     request.settled.assign(count, 0);

@@ -39,9 +39,48 @@ class Reader {
         at_ += length;
         return true;
     }
+    // Whatever comes next: fields that a later version has added. Nesting deeper than `depth` spoils the reader.
+    bool skip(uint64_t items, int depth = 8) {
+        for (; items > 0; --items)
+            if (!skip_one(depth)) return false;
+        return true;
+    }
     bool at_end() const { return good_ && at_ == data_.size(); }
 
   private:
+    bool advance(uint64_t bytes) {
+        if (bytes > data_.size() - at_) return spoil();
+        at_ += bytes;
+        return true;
+    }
+    bool skip_sized(size_t length_bytes, uint64_t more) {
+        uint64_t length;
+        return big_endian(length_bytes, &length) && advance(length + more);
+    }
+    bool skip_items(uint64_t count, int depth) {
+        if (depth == 0 || count > data_.size() - at_) return spoil();  // an item has a byte or more
+        return skip(count, depth - 1);
+    }
+    bool skip_one(int depth) {
+        unsigned char tag;
+        uint64_t count;
+        if (!byte(&tag)) return false;
+        if (tag < 0x80 || tag >= 0xe0) return true;  // small integers
+        if (tag < 0x90) return skip_items(2 * (tag & 0x0f), depth);
+        if (tag < 0xa0) return skip_items(tag & 0x0f, depth);
+        if (tag < 0xc0) return advance(tag & 0x1f);
+        if (tag == 0xc0 || tag == 0xc2 || tag == 0xc3) return true;          // nil, booleans
+        if (tag >= 0xc4 && tag <= 0xc6) return skip_sized(size_t{1} << (tag - 0xc4), 0);  // byte strings
+        if (tag >= 0xc7 && tag <= 0xc9) return skip_sized(size_t{1} << (tag - 0xc7), 1);  // extensions
+        if (tag == 0xca || tag == 0xcb) return advance(tag == 0xca ? 4 : 8);
+        if (tag >= 0xcc && tag <= 0xcf) return advance(size_t{1} << (tag - 0xcc));
+        if (tag >= 0xd0 && tag <= 0xd3) return advance(size_t{1} << (tag - 0xd0));
+        if (tag >= 0xd4 && tag <= 0xd8) return advance(1 + (size_t{1} << (tag - 0xd4)));
+        if (tag >= 0xd9 && tag <= 0xdb) return skip_sized(size_t{1} << (tag - 0xd9), 0);  // text
+        if (tag == 0xdc || tag == 0xdd) return big_endian(tag == 0xdc ? 2 : 4, &count) && skip_items(count, depth);
+        if (tag == 0xde || tag == 0xdf) return big_endian(tag == 0xde ? 2 : 4, &count) && skip_items(2 * count, depth);
+        return spoil();
+    }
     bool spoil() { return good_ = false; }
     bool byte(unsigned char* out) {
         if (!good_ || at_ >= data_.size()) return spoil();

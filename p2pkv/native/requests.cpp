@@ -62,7 +62,7 @@ void Inbox::tidy() {
 bool parse_get(std::string_view body, GetRequest* out) {
     msgpack::Reader reader(body);
     uint64_t fields, count, ttl_ms;
-    if (!reader.array(&fields) || fields != 3 || !reader.uint(&out->space) || !reader.array(&count)) return false;
+    if (!reader.array(&fields) || fields < 3 || !reader.uint(&out->space) || !reader.array(&count)) return false;
     if (count > kKeysMax) return false;
     out->keys.clear();
     for (uint64_t i = 0; i < count; ++i) {
@@ -70,7 +70,7 @@ bool parse_get(std::string_view body, GetRequest* out) {
         if (!reader.bin(&key) || key.size() < kKeyBytesMin || key.size() > kKeyBytesMax) return false;
         out->keys.push_back(key);
     }
-    if (!reader.uint(&ttl_ms) || ttl_ms > UINT32_MAX || !reader.at_end()) return false;
+    if (!reader.uint(&ttl_ms) || ttl_ms > UINT32_MAX || !reader.skip(fields - 3) || !reader.at_end()) return false;
     out->ttl_ms = static_cast<uint32_t>(ttl_ms);
     return true;
 }
@@ -78,7 +78,7 @@ bool parse_get(std::string_view body, GetRequest* out) {
 bool parse_release(std::string_view body) {
     msgpack::Reader reader(body);
     uint64_t fields, lease;
-    return reader.array(&fields) && fields == 1 && reader.uint(&lease) && reader.at_end();
+    return reader.array(&fields) && fields >= 1 && reader.uint(&lease) && reader.skip(fields - 1) && reader.at_end();
 }
 
 std::string frame_header(unsigned char type, size_t body_bytes) {
