@@ -169,24 +169,28 @@ bool Lane::send(uint64_t id, std::string frame) {
     return true;
 }
 
+// From here on it gets no answers. What it has sent is still read, by the lane's thread, up to its end: it may be giving
+// a lease back.
 void Lane::close(uint64_t id) {
-    ConnectionRef connection;
-    {
-        std::lock_guard lock(mutex_);
-        const auto it = connections_.find(id);
-        if (it == connections_.end()) return;
-        connection = std::move(it->second);
-        connections_.erase(it);
-    }
+    const ConnectionRef connection = find(id);
+    if (connection == nullptr) return;
     std::lock_guard lock(connection->mutex);
     connection->closed = true;
-    epoll_ctl(epoll_, EPOLL_CTL_DEL, connection->fd, nullptr);
     shutdown(connection->fd, SHUT_RDWR);
 }
 
 // The engine has gone, or is sent away: from the lane's thread.
 void Lane::end(const ConnectionRef& connection, std::string why) {
-    close(connection->id);
+    {
+        std::lock_guard lock(mutex_);
+        connections_.erase(connection->id);
+    }
+    {
+        std::lock_guard lock(connection->mutex);
+        epoll_ctl(epoll_, EPOLL_CTL_DEL, connection->fd, nullptr);
+        shutdown(connection->fd, SHUT_RDWR);
+        if (std::exchange(connection->closed, true)) return;
+    }
     LaneEvent event;
     event.kind = LaneEvent::Kind::gone;
     event.connection = connection->id;
@@ -313,6 +317,7 @@ void Lane::on_get(const std::shared_ptr<Request>& request) {
     bool allowed;
     {
         std::lock_guard lock(connection.mutex);
+        if (connection.closed) return;
         const auto salt = connection.salts.find(request->space);
         allowed = salt != connection.salts.end();
         if (allowed) request->salt = salt->second;
@@ -625,15 +630,16 @@ void Lane::stop() {
     const uint64_t one = 1;
     [[maybe_unused]] const ssize_t written = write(wake_fd_, &one, sizeof one);
     if (thread_.joinable()) thread_.join();
-    std::vector<uint64_t> jobs, ids;
+    std::vector<uint64_t> jobs;
+    std::vector<ConnectionRef> connections;
     {
         std::lock_guard lock(mutex_);
         jobs.assign(pulls_.begin(), pulls_.end());
-        for (const auto& [id, connection] : connections_) ids.push_back(id);
+        for (const auto& [id, connection] : connections_) connections.push_back(connection);
     }
     for (const uint64_t job : jobs) receiver_.cancel(job);
     while (in_flight() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));  // the I/O thread ends them all
-    for (const uint64_t id : ids) close(id);
+    for (const ConnectionRef& connection : connections) end(connection, "");
 }
 
 }  // namespace p2pkv

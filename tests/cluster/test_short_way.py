@@ -155,6 +155,19 @@ def test_nobody_gives_back_what_another_holds(pair: list[AgentProcess]) -> None:
         assert pair[0].metric("p2pkv_leases") == held
 
 
+def test_a_lease_that_is_given_back_with_the_last_breath_is_given_back(pair: list[AgentProcess]) -> None:
+    """The agent may hear of the end of the connection before it reads the RELEASE on the other one."""
+    keys = put(pair[0], 1)
+    before = pair[0].metric("p2pkv_leases")
+    for _ in range(50):
+        with lane_connection(pair[0], layout=LAYOUT) as lane:
+            got = lane.ask(engine.Get(LAYOUT.namespace, keys, 1_000))
+            assert isinstance(got, engine.Got) and lane.control is not None
+            lane.send(engine.CODEC.encode(engine.ReleaseLease(got.lease)))
+            lane.control.sock.close()
+    eventually(lambda: pair[0].metric("p2pkv_leases") == before, 3.0, why="all are given back")
+
+
 def test_a_namespace_that_was_not_opened_is_refused(pair: list[AgentProcess]) -> None:
     with lane_connection(pair[0], layout=LAYOUT) as lane:
         answer = lane.ask(engine.Get(LAYOUT.namespace ^ 1, new_keys(1), 1_000))
