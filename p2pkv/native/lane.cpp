@@ -362,7 +362,6 @@ bool Lane::start_pull(const std::shared_ptr<Request>& request) {
         for (const auto& pull : pulls) {
             pull->job = next_job_++;
             pulls_.insert(pull->job);
-            for (const uint32_t i : pull->indices) flights_[flight_of(request->space, request->keys[i])] = false;
         }
     }
     for (const auto& pull : pulls) submit(pull);
@@ -409,16 +408,50 @@ bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared
     }
     if (pulls->size() < streams) return false;  // Python dials; they are in the pool next time
 
+    if (!take_off(*request, missing)) return false;
     const double now = now_s();
     for (size_t n = 0; n < missing.size(); ++n) {  // neighbours go together
         Pull& pull = *(*pulls)[n * streams / missing.size()];
         store::BlockRef block;
         const std::string_view key = request->keys[missing[n]];
-        if (store_.reserve(request->space, key, now, &block) != store::Reserved::ok) return false;
+        if (store_.reserve(request->space, key, now, &block) != store::Reserved::ok) {
+            call_off(*request, missing);
+            return false;
+        }
         pull.indices.push_back(missing[n]);
         pull.blocks.push_back(std::move(block));
     }
     return true;
+}
+
+// Say that these blocks are being pulled, before their slots are reserved: whom the store tells that somebody writes a
+// block can watch it, until that is over. False: one of them is being pulled already.
+bool Lane::take_off(const Request& request, const std::vector<uint32_t>& indices) {
+    std::lock_guard lock(mutex_);
+    for (size_t n = 0; n < indices.size(); ++n) {
+        if (flights_.emplace(flight_of(request.space, request.keys[indices[n]]), false).second) continue;
+        while (n-- > 0) flights_.erase(flight_of(request.space, request.keys[indices[n]]));
+        return false;
+    }
+    return true;
+}
+
+void Lane::call_off(const Request& request, const std::vector<uint32_t>& indices) {
+    LaneEvent landed;
+    landed.kind = LaneEvent::Kind::landed;
+    landed.space = request.space;
+    {
+        std::lock_guard lock(mutex_);
+        for (const uint32_t i : indices) {
+            const auto flight = flights_.find(flight_of(request.space, request.keys[i]));
+            if (flight->second) {
+                landed.keys.emplace_back(request.keys[i]);
+                landed.statuses.push_back(kLost);
+            }
+            flights_.erase(flight);
+        }
+    }
+    if (!landed.keys.empty()) events_.push(std::move(landed));
 }
 
 void Lane::submit(const std::shared_ptr<Pull>& pull) {

@@ -97,6 +97,8 @@ class Lane {
     bool on_release(const ConnectionRef& connection, std::string_view body);
     bool start_pull(const std::shared_ptr<Request>& request);
     bool plan(const std::shared_ptr<Request>& request, std::vector<std::shared_ptr<Pull>>* pulls);
+    bool take_off(const Request& request, const std::vector<uint32_t>& indices);
+    void call_off(const Request& request, const std::vector<uint32_t>& indices);
     void submit(const std::shared_ptr<Pull>& pull);
     void on_event(Pull& pull, IoEvent event);
     void settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed);

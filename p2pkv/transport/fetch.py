@@ -292,9 +292,12 @@ class _Fetch(Generic[P]):
             self._report(i, Status.BUSY)
             return
         place = fetcher._landing.reserve(self._namespace, self._hashes[i])
+        watched = place is Status.BUSY and fetcher._watch(self._namespace, self._hashes[i])
+        if place is Status.BUSY and not watched:  # whoever pulls elsewhere may have ended between the two questions
+            place = fetcher._landing.reserve(self._namespace, self._hashes[i])
         if place is Status.EXISTS:
             self._report(i, Status.OK)
-        elif place is Status.BUSY and fetcher._watch(self._namespace, self._hashes[i]):
+        elif watched:
             name = (self._namespace, self._hashes[i])
             joined[i] = fetcher._elsewhere.setdefault(name, self._loop.create_future())
             fetcher.stats.flights_joined += 1
