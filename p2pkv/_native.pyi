@@ -91,7 +91,7 @@ class IoEngine:
         """End every transfer as cancelled and join the thread."""
 
 class Pool:
-    """Idle data connections to peers, by node and by the node's slot in the index. Thread-safe; owns what it is given."""
+    """Idle data connections to peers, by node and by the node's slot in the index. Thread-safe; owns what it gets."""
 
     def __init__(self, per_node: int, ceiling_s: float) -> None: ...
     def give(self, node: int, slot: int, fd: int) -> None:
@@ -127,6 +127,7 @@ class Lane:
         stream_bytes: int,
         streams: int,
         partial_bytes: int,
+        ahead_bytes: int,
         in_flight_max: int,
     ) -> None: ...
     def add(self, connection: int, fd: int, holder: int) -> None: ...

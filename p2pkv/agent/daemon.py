@@ -34,7 +34,7 @@ from p2pkv.store.base import LeaseLimits
 from p2pkv.store.dram import DramStore
 from p2pkv.store.memory import available_memory
 from p2pkv.transport.fetch import Fetcher
-from p2pkv.transport.movers import PARTIAL_BYTES, Movers
+from p2pkv.transport.movers import AHEAD_BYTES, PARTIAL_BYTES, Movers
 from p2pkv.wire.peer import Address, Card
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ class Agent:
                 stream_bytes=parse_size(config.transport.stream_bytes, key="transport.stream_bytes"),
                 streams=config.transport.streams,
                 partial_bytes=PARTIAL_BYTES,
+                ahead_bytes=AHEAD_BYTES,
                 in_flight_max=config.engine.in_flight_max,
             )
             self.lane = self.service.lane = EngineLane(native, self.service.on_landed)

@@ -20,6 +20,7 @@ from p2pkv.client.connection import Connection
 from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument, P2PKVError, Unavailable
 from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
 from p2pkv.wire.engine import (
+    Ahead,
     Done,
     Get,
     Got,
@@ -148,11 +149,15 @@ class Cache:
             connection = self._client.connection(deadline)
             with Stream(connection.lane, Get(self.namespace, list(keys), deadline_ms), deadline=deadline) as stream:
                 more = True
+                ahead: dict[int, tuple[int, int]] = {}
                 while more:
                     part = stream.next()
+                    if isinstance(part, Ahead):
+                        _copy_ahead(connection, part, views, ahead)
+                        continue
                     if not isinstance(part, Got):
                         raise P2PKVError("unexpected answer to GET", got=type(part).__name__)
-                    self._copy_out(connection, part, views, statuses, started)
+                    self._copy_out(connection, part, views, ahead, statuses, started)
                     more = part.more
         except DeadlineExceeded:
             pass
@@ -167,6 +172,7 @@ class Cache:
         connection: Connection,
         part: Got,
         views: Sequence[memoryview],
+        ahead: dict[int, tuple[int, int]],
         statuses: list[Status],
         started: float,
     ) -> None:
@@ -174,8 +180,11 @@ class Cache:
             status = Status(part.statuses[i])
             if status is Status.OK:
                 extent = part.extents[i]
-                source = connection.arena[extent.offset : extent.offset + extent.length]
-                if not _native.copy(views[index], source):
+                offset, done = ahead.get(index, (0, 0))
+                if offset != extent.offset:
+                    done = 0
+                source = connection.arena[extent.offset + done : extent.offset + extent.length]
+                if not _native.copy(views[index][done:], source):
                     status = Status.LOST
             statuses[index] = status
         if part.lease:
@@ -318,6 +327,24 @@ class _Staging:
     def fill(self, slot: int, view: memoryview) -> None:
         start = slot * self.region.slot_bytes
         _native.copy(self._memory[start : start + len(view)], view)
+
+
+def _copy_ahead(
+    connection: Connection, part: Ahead, views: Sequence[memoryview], ahead: dict[int, tuple[int, int]]
+) -> None:
+    """Copy what has landed of a block and is not proven yet; ``ahead``: per index (place, bytes copied from there)."""
+    if not part.length:
+        ahead.clear()
+        return
+    end = part.offset + part.length
+    if part.index >= len(views) or part.length > len(views[part.index]) or end > len(connection.arena):
+        raise P2PKVError("the agent tells of bytes that nobody asked for", index=part.index, bytes=part.length)
+    offset, done = ahead.get(part.index, (part.offset, 0))
+    if offset != part.offset:
+        done = 0
+    source = connection.arena[part.offset + done : part.offset + part.length]
+    if _native.copy(views[part.index][done : part.length], source):
+        ahead[part.index] = part.offset, part.length
 
 
 def _bytes_view(buffer: Any, length: int, *, writable: bool) -> memoryview:

@@ -153,6 +153,11 @@ void IoEngine::step(uint64_t job) {
             completions_.push(std::move(partial));
         }
     }
+    IoEvent ahead;
+    if (entry->transfer->on_event && entry->transfer->take_ahead(&ahead)) {
+        ahead.job = job;
+        entry->transfer->on_event(std::move(ahead));
+    }
     const uint32_t events = want == Transfer::Want::read ? EPOLLIN : EPOLLOUT;
     if (events != entry->armed) {
         epoll_event event{};

@@ -28,7 +28,7 @@ constexpr int kEventsMax = 64;
 constexpr uint64_t kWake = ~uint64_t{0};
 
 // p2pkv/wire/engine.py and p2pkv/wire/peer.py
-constexpr unsigned char kTypeGet = 73, kTypeGot = 74, kTypeRelease = 75;
+constexpr unsigned char kTypeGet = 73, kTypeGot = 74, kTypeRelease = 75, kTypeAhead = 79;
 constexpr unsigned char kPeerRelease = 10, kPeerGet = 12;
 // p2pkv/types.py and p2pkv/wire/engine.py
 constexpr unsigned char kMiss = 1, kTimeout = 3, kUnreachable = 4, kBusy = 5, kLost = 8;
@@ -110,6 +110,7 @@ struct Lane::Pull {
     std::vector<store::BlockRef> blocks;
     size_t done = 0;      // of them, committed or aborted
     uint64_t came = 0;    // committed
+    bool told_ahead = false;
 };
 
 Lane::Lane(store::Store& store, IoEngine& receiver, Pool& pool, const index::Lookup& lookup, LaneOptions options)
@@ -473,7 +474,7 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
     const Limits limits{Clock::now() + to_duration(request.deadline - now_s()), to_duration(pull->first_byte_s),
                         to_duration(options_.stall_s)};
     auto receive = std::make_unique<Receive>(pull->job, pull->fd, limits, frame_of(kPeerGet, 0, body),
-                                             std::move(destinations), options_.partial_bytes);
+                                             std::move(destinations), options_.partial_bytes, options_.ahead_bytes);
     receive->on_event = [this, pull](IoEvent event) { on_event(*pull, std::move(event)); };
     if (receiver_.submit(std::move(receive))) return;
     IoEvent refused;  // it is full; the request is handed over once all its pulls are over
@@ -484,6 +485,7 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
 
 // Blocks of a pull have come, or it is over. On the I/O thread, or the lane's.
 void Lane::on_event(Pull& pull, IoEvent event) {
+    if (event.ahead_bytes != 0) return send_ahead(pull, event);
     LaneEvent landed;
     landed.kind = LaneEvent::Kind::landed;
     if (event.final && event.code == Code::ok) {
@@ -497,6 +499,19 @@ void Lane::on_event(Pull& pull, IoEvent event) {
     landed.space = pull.request->space;
     landed.node = pull.node;
     events_.push(std::move(landed));
+}
+
+// Bytes have landed that the engine may copy before they are proven: what it copies counts only if GOT says so later.
+void Lane::send_ahead(Pull& pull, const IoEvent& event) {
+    const Request& request = *pull.request;
+    std::string body;
+    msgpack::Writer writer(&body);
+    writer.array(3);
+    writer.uint(pull.indices[event.first]);
+    writer.uint(event.ahead_bytes == 0 ? 0 : store::Store::offset_of(*pull.blocks[event.first]));
+    writer.uint(event.ahead_bytes);
+    pull.told_ahead = true;
+    send_frame(*request.connection, frame_of(kTypeAhead, request.id, body));
 }
 
 // Commit what has come, and give it to the engine.
@@ -576,6 +591,11 @@ void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
     landed.waited_s = event.waited_s;
     landed.detail = std::move(event.detail);
     const bool bad = landed.failed > 0;
+    if (bad && pull.told_ahead) {  // the engine must not take these bytes for a later attempt's
+        event.first = 0;
+        event.ahead_bytes = 0;
+        send_ahead(pull, event);
+    }
     events_.push(std::move(landed));
     bool rest;
     {

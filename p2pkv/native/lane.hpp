@@ -54,7 +54,8 @@ struct LaneOptions {
     uint64_t stream_bytes = 8 << 20;  // a pull uses a connection for each so many bytes,
     uint32_t streams = 4;             // at most so many
     uint64_t partial_bytes = 2 << 20;  // blocks are given to the engine each time so many bytes have come
-    uint32_t in_flight_max = 256;       // per engine
+    uint64_t ahead_bytes = 1 << 20;    // and it is told of parts of a block that are so long, to copy ahead; 0: never
+    uint32_t in_flight_max = 256;      // per engine
 };
 
 class Lane {
@@ -101,6 +102,7 @@ class Lane {
     void call_off(const Request& request, const std::vector<uint32_t>& indices);
     void submit(const std::shared_ptr<Pull>& pull);
     void on_event(Pull& pull, IoEvent event);
+    void send_ahead(Pull& pull, const IoEvent& event);
     void settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed);
     void on_end(Pull& pull, IoEvent event, LaneEvent landed);
     void hand_over(Request& request, uint64_t node, Code code);

@@ -35,11 +35,12 @@ Transfer::Want Transfer::on_errno(Want when_it_would_block) {
 }
 
 Receive::Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
-                 uint64_t partial_bytes)
+                 uint64_t partial_bytes, uint64_t ahead_bytes)
     : Transfer(job, fd, limits),
       request_(std::move(request)),
       blocks_(std::move(blocks)),
       partial_bytes_(partial_bytes),
+      ahead_bytes_(ahead_bytes),
       control_(kHeaderBytes),
       statuses_(blocks_.size(), 1),
       expected_(blocks_.size()),
@@ -130,7 +131,7 @@ bool Receive::next_block() {
 Transfer::Want Receive::read_payload() {
     uint64_t turn = 0;
     while (next_block()) {
-        if (turn >= kTurnBytes || unreported_ >= partial_bytes_) return Want::read;
+        if (turn >= kTurnBytes || unreported_ >= partial_bytes_ || ahead()) return Want::read;
         const Destination& block = blocks_[block_];
         unsigned char* at = block.address + block_got_;
         const ssize_t n = recv(fd, at, std::min(kPiece, block.length - block_got_), MSG_DONTWAIT);
@@ -148,7 +149,7 @@ Transfer::Want Receive::read_payload() {
             if (digests_[block_] != expected_[block_]) statuses_[block_] = kRejected;
             unreported_ += block.length;
             ++block_;
-            block_got_ = 0;
+            block_got_ = told_ahead_ = 0;
             hash_ops().reset(&hash_);
         }
     }
@@ -168,6 +169,18 @@ void Receive::report(IoEvent* event) {
 bool Receive::take_partial(IoEvent* event) {
     if (unreported_ < partial_bytes_ || block_ >= blocks_.size()) return false;
     report(event);
+    return true;
+}
+
+bool Receive::ahead() const {
+    return ahead_bytes_ != 0 && block_got_ - told_ahead_ >= ahead_bytes_ &&
+           blocks_[block_].length - block_got_ >= ahead_bytes_ / 2;  // else the end is as near as the news
+}
+
+bool Receive::take_ahead(IoEvent* event) {
+    if (block_ >= blocks_.size() || !ahead()) return false;
+    event->first = static_cast<uint32_t>(block_);
+    event->ahead_bytes = told_ahead_ = block_got_;
     return true;
 }
 

@@ -38,6 +38,7 @@ struct IoEvent {
     uint64_t bytes = 0;  // payload bytes moved by the whole job so far
     double waited_s = 0;  // from the start until the first byte of the answer; 0 if none came
     std::string detail;
+    uint64_t ahead_bytes = 0;  // not zero: nothing is finished, but so many bytes of block `first` have landed
 };
 
 struct Limits {
@@ -63,6 +64,8 @@ class Transfer {
 
     // Blocks that are finished and not reported yet, moved out; the I/O thread sends them on.
     virtual bool take_partial(IoEvent*) { return false; }
+    // How far the block that is on its way has come, when that is worth telling; its bytes are not proven.
+    virtual bool take_ahead(IoEvent*) { return false; }
     virtual void fill_final(IoEvent*) {}
 
     Clock::time_point stalls_at() const {
@@ -102,10 +105,11 @@ struct Destination {
 class Receive final : public Transfer {
   public:
     Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
-            uint64_t partial_bytes);
+            uint64_t partial_bytes, uint64_t ahead_bytes = 0);
     Want begin() override { return send_request(); }
     Want step() override;
     bool take_partial(IoEvent* event) override;
+    bool take_ahead(IoEvent* event) override;
     void fill_final(IoEvent* event) override;
 
   private:
@@ -115,6 +119,7 @@ class Receive final : public Transfer {
     Want on_control();
     Want read_payload();
     bool next_block();
+    bool ahead() const;
     void report(IoEvent* event);
 
     State state_ = State::request;
@@ -122,6 +127,7 @@ class Receive final : public Transfer {
     size_t sent_ = 0;
     std::vector<Destination> blocks_;
     const uint64_t partial_bytes_;
+    const uint64_t ahead_bytes_;  // 0: never
     std::vector<unsigned char> control_;  // header, refusal body or records being read
     size_t control_got_ = 0;
     std::vector<unsigned char> statuses_;
@@ -129,6 +135,7 @@ class Receive final : public Transfer {
     std::vector<Digest> digests_;
     size_t block_ = 0;         // block being received
     size_t block_got_ = 0;     // bytes of it that are here
+    size_t told_ahead_ = 0;    // bytes of it that have been told of
     size_t reported_ = 0;      // blocks already sent on
     uint64_t unreported_ = 0;  // payload bytes of finished blocks not sent on yet
     uint64_t bytes_ = 0;

@@ -23,6 +23,9 @@ TRANSFERS_MAX: Final = 4_096
 INLINE_BYTES_MAX: Final = 128 << 10
 """Copies up to this run on the loop's thread: about 20 us, less than waking another thread twice."""
 
+AHEAD_BYTES: Final = 1 << 20
+"""An engine is told of so many bytes of a block that is not here whole yet, to copy them while the rest comes."""
+
 PARTIAL_BYTES: Final = 2 << 20
 """Finished blocks are reported each time so many bytes have come, so that copying on overlaps with receiving."""
 

@@ -40,6 +40,7 @@ class EngineType(enum.IntEnum):
     MATCH = 76
     MATCHED = 77
     OK = 78
+    AHEAD = 79
     ERROR = 95
 
 
@@ -154,6 +155,18 @@ class Got(msgspec.Struct, frozen=True, array_like=True):
     more: bool
 
 
+class Ahead(msgspec.Struct, frozen=True, array_like=True):
+    """Between the parts of an answer to GET: the first ``length`` bytes of key ``index`` have landed at ``offset``.
+
+    They are not proven. A client may copy them already; they count only if a GOT of this answer says OK and names the
+    same place. ``length`` 0: forget everything that was told ahead; its bytes are not the block's.
+    """
+
+    index: U32
+    offset: U64
+    length: U64
+
+
 class ReleaseLease(msgspec.Struct, frozen=True, array_like=True):
     """The client is done with a GOT. Not answered."""
 
@@ -217,6 +230,7 @@ CODEC: Final = Codec(
         EngineType.MATCH: MatchKeys,
         EngineType.MATCHED: Matched,
         EngineType.OK: Ok,
+        EngineType.AHEAD: Ahead,
         EngineType.ERROR: EngineError,
     }
 )

@@ -14,7 +14,7 @@ from p2pkv.wire import engine
 from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout, visible
 from tests.cluster.blocks import block_of, blocks_of, new_keys
 from tests.cluster.proxy import Proxy
-from tests.cluster.raw import lane_connection
+from tests.cluster.raw import RawConnection, lane_connection
 from tests.cluster.transports import TCP, options
 
 pytestmark = [pytest.mark.cluster]
@@ -243,3 +243,57 @@ def test_gets_of_a_closed_client_end_at_once(pair: list[AgentProcess]) -> None:
     cache = client.open(LAYOUT)
     client.close()
     assert read(cache, new_keys(2), 5_000) == [Status.LOST] * 2
+
+
+LARGE = make_layout(4 << 20)
+
+
+def first_large(pair: list[AgentProcess]) -> tuple[Cache, bytes]:
+    """A large block at the first agent that the second one can pull by itself."""
+    warm(pair)
+    [key] = new_keys(1)
+    assert pair[0].open(LARGE).put([key], [block_of(key, LARGE.block_bytes)], deadline_ms=10_000) == [True]
+    cache = pair[1].open(LARGE)
+    visible(cache, [key])
+    return cache, key
+
+
+def answer_to(lane: RawConnection, key: bytes) -> list[engine.Ahead | engine.Got]:
+    lane.send(engine.CODEC.encode(engine.Get(LARGE.namespace, [key], 10_000), 1))
+    parts: list[engine.Ahead | engine.Got] = []
+    while not parts or not isinstance(parts[-1], engine.Got) or parts[-1].more:
+        frame = lane.receive()
+        assert frame is not None
+        part = engine.CODEC.decode(frame)
+        assert isinstance(part, engine.Ahead | engine.Got)
+        parts.append(part)
+    return parts
+
+
+def test_a_large_block_is_told_of_while_it_comes(pair: list[AgentProcess]) -> None:
+    cache, key = first_large(pair)
+    with lane_connection(pair[1], layout=LARGE) as lane:
+        *ahead, got = answer_to(lane, key)
+    assert ahead and isinstance(got, engine.Got)
+    assert {part.offset for part in ahead if isinstance(part, engine.Ahead)} == {got.extents[0].offset}
+    lengths = [part.length for part in ahead if isinstance(part, engine.Ahead)]
+    assert lengths == sorted(set(lengths)) and 0 < lengths[0] and lengths[-1] < LARGE.block_bytes
+    out = bytearray(LARGE.block_bytes)
+    assert cache.get_into([key], [out]) == [True] and out == block_of(key, LARGE.block_bytes)
+
+
+def test_what_was_told_ahead_is_taken_back_when_the_block_is_rejected(cluster: Cluster) -> None:
+    with Proxy() as proxy:
+        [owner] = cluster.start(1, settings={"peer.advertise": proxy.address})
+        proxy.target = owner.peer_port
+        [reader] = cluster.start(1, seeds=(proxy.address,))
+        cluster.connected()
+        cache, key = first_large([owner, reader])
+        proxy.flip_at = 3 << 20
+        with lane_connection(reader, layout=LARGE) as lane:
+            *ahead, got = answer_to(lane, key)
+        assert proxy.flipped == 1
+        assert isinstance(got, engine.Got) and bytes(got.statuses) == bytes([Status.REJECTED])
+        assert len(ahead) > 1 and ahead[-1] == engine.Ahead(0, 0, 0)
+        out = bytearray(LARGE.block_bytes)
+        assert cache.get_into([key], [out], deadline_ms=10_000) == [True] and out == block_of(key, LARGE.block_bytes)
