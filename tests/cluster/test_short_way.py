@@ -277,7 +277,7 @@ def test_a_large_block_is_told_of_while_it_comes(pair: list[AgentProcess]) -> No
     assert ahead and isinstance(got, engine.Got)
     assert {part.offset for part in ahead if isinstance(part, engine.Ahead)} == {got.extents[0].offset}
     lengths = [part.length for part in ahead if isinstance(part, engine.Ahead)]
-    assert lengths == sorted(set(lengths)) and 0 < lengths[0] and lengths[-1] < LARGE.block_bytes
+    assert lengths == sorted(set(lengths)) and lengths[0] > 0 and lengths[-1] < LARGE.block_bytes
     out = bytearray(LARGE.block_bytes)
     assert cache.get_into([key], [out]) == [True] and out == block_of(key, LARGE.block_bytes)
 

@@ -80,6 +80,7 @@ MESSAGES: dict[str, list[st.SearchStrategy[Any]]] = {
         st.builds(engine.Get, u64, hashes, u32),
         st.builds(engine.Got, u64, u32, slots, st.binary(max_size=9), st.binary(max_size=9), extents, st.booleans()),
         st.builds(engine.ReleaseLease, u64),
+        st.builds(engine.Ahead, u32, u64, u64),
         st.builds(engine.MatchKeys, u64, hashes, st.booleans()),
         st.builds(
             engine.Matched,
