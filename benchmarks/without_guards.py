@@ -34,6 +34,8 @@ DramStore.__init__ = make
 """
 
 NO_CHECKSUM = """
+import os
+os.environ["P2PKV_ENGINE_SHORT_WAY"] = "false"  # there the check is native code
 from p2pkv import _native
 from p2pkv.types import Status
 

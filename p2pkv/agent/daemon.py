@@ -24,7 +24,7 @@ from p2pkv.agent.lane import EngineLane
 from p2pkv.agent.populate import Populator
 from p2pkv.agent.service import CacheService
 from p2pkv.agent.transports import Transports
-from p2pkv.config import Config, parse_size
+from p2pkv.config import Config, is_loopback, parse_size
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.gossip.views import PeerView
 from p2pkv.index.ownership import OwnershipLog
@@ -162,6 +162,7 @@ class Agent:
             arena=self.arena,
             service=self.service,
             network=self.network,
+            loopback=is_loopback(config.peer.host),
             lease_ttl_s=lease_ttl_s,
             on_change=self._tell_card,
         )

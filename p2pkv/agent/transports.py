@@ -56,6 +56,7 @@ class Transports:
         arena: Arena,
         service: CacheService,
         network: PeerNetwork,
+        loopback: bool,
         lease_ttl_s: float,
         on_change: Callable[[], None],
     ) -> None:
@@ -80,6 +81,8 @@ class Transports:
         ucx = {}
         if settings.nixl_devices:
             ucx["UCX_NET_DEVICES"] = settings.nixl_devices
+        elif loopback:
+            ucx["UCX_NET_DEVICES"] = "lo"  # UCX's own sockets would listen on every interface
         if settings.nixl_tls:
             ucx["UCX_TLS"] = settings.nixl_tls
         self._nixl = NixlTransport(
