@@ -114,7 +114,7 @@ class Transport(Section, frozen=True):
     streams: int = 4  # TCP connections used for one large pull; more fill fat links, fewer spare sockets
     stream_bytes: str = "8MiB"  # a pull uses one more stream for each so many bytes
     idle_connections: int = 8  # kept open per peer
-    nixl_devices: str = ""  # UCX_NET_DEVICES for the NIXL process, e.g. "mlx5_0:1"; empty = all
+    nixl_devices: str = ""  # UCX_NET_DEVICES for the NIXL process, e.g. "mlx5_0:1"; empty = all (lo on loopback)
     nixl_tls: str = ""  # UCX_TLS for the NIXL process; empty = UCX chooses
     quarantine: str = "25%"  # of the arena that given-up NIXL reads may hold; beyond it the NIXL process is replaced
     quarantine_s: float = 30.0  # a given-up read older than this: likewise
