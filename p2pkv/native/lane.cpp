@@ -20,6 +20,7 @@ constexpr unsigned char kFrameVersion = 1;
 constexpr size_t kBodyBytesMax = 2 << 20;  // a GET of 16,384 keys of 64 bytes is half of that
 constexpr size_t kRecvBytes = 64 << 10;
 constexpr size_t kOutBytesMax = 16 << 20;
+constexpr uint32_t kWaitingMax = 1024;  // the client itself leaves at most 256 unanswered
 constexpr uint64_t kKeysMax = 16384;           // p2pkv/wire/fields.py
 constexpr double kDeadlineMax = 600;           // seconds; as DEADLINE_MS_MAX in p2pkv/agent/ipc.py
 constexpr uint64_t kJobBase = uint64_t{1} << 62;  // apart from the jobs of p2pkv/transport/movers.py
@@ -74,6 +75,7 @@ struct Lane::Connection {
     const int fd;
     const uint64_t holder;
     std::atomic<uint32_t> in_flight{0};
+    std::atomic<uint32_t> waiting{0};  // GETs handed over that Python has not looked at yet
     std::string in;  // the lane's thread only
 
     std::mutex mutex;  // guards what follows, and writing to fd
@@ -253,7 +255,8 @@ void Lane::on_readable(const ConnectionRef& connection) {
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (n <= 0) return end(connection, "");
     connection->in.append(buffer.data(), static_cast<size_t>(n));
-    if (!on_frames(connection)) end(connection, "what came on an engine's short way is not a GET or RELEASE");
+    if (!on_frames(connection)) return end(connection, "what came on an engine's short way is not a GET or RELEASE");
+    if (connection->waiting > kWaitingMax) end(connection, "too many gets at once");
 }
 
 // False: the engine breaks the protocol.
@@ -614,6 +617,7 @@ void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
 
 void Lane::hand_over(Request& request, uint64_t node, Code code) {
     ++handed_over;
+    ++request.connection->waiting;
     LaneEvent event;
     event.kind = LaneEvent::Kind::rest;
     event.connection = request.connection->id;
@@ -659,6 +663,15 @@ void Lane::send_got(Request& request, const store::Pinned& pinned, const std::ve
 }
 
 // --- for Python
+
+std::vector<LaneEvent> Lane::drain() {
+    std::vector<LaneEvent> events = events_.drain();
+    for (const LaneEvent& event : events) {
+        if (event.kind != LaneEvent::Kind::rest) continue;
+        if (const ConnectionRef connection = find(event.connection)) --connection->waiting;
+    }
+    return events;
+}
 
 bool Lane::watch(uint64_t space, const std::string& key) {
     std::lock_guard lock(mutex_);

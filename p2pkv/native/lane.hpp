@@ -64,7 +64,7 @@ class Lane {
     ~Lane();
 
     int fd() const { return events_.fd(); }
-    std::vector<LaneEvent> drain() { return events_.drain(); }
+    std::vector<LaneEvent> drain();
 
     // Takes a connected, non-blocking socket over. `holder`: whom leases belong to.
     void add(uint64_t connection, int fd, uint64_t holder);

@@ -194,6 +194,20 @@ def test_many_gets_sent_ahead_are_all_answered(pair: list[AgentProcess]) -> None
         )
 
 
+def test_an_engine_that_asks_without_end_is_disconnected(pair: list[AgentProcess]) -> None:
+    """What the event loop has to look at is bounded, however fast it comes."""
+    get = engine.CODEC.encode(engine.Get(LAYOUT.namespace ^ 1, new_keys(1), 1_000), 1)
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        try:
+            for _ in range(100):
+                lane.send(get * 500)
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            pass
+        lane.closed_by_the_agent()
+    keys = put(pair[0], 1)
+    assert read(pair[0].open(LAYOUT), keys) == [Status.OK]
+
+
 def test_an_engine_that_goes_away_in_mid_get_leaves_nothing_behind(pair: list[AgentProcess]) -> None:
     cache = warm(pair)
     keys = put(pair[0], 40)
