@@ -1,6 +1,6 @@
 """Stub of the C++ extension (sources in ``p2pkv/native``). Lengths are in bytes; digests are 16 bytes each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from typing_extensions import Buffer
 
@@ -103,10 +103,66 @@ class Pool:
     def drop(self, node: int) -> None: ...
     def clear(self) -> None: ...
     def idle(self) -> int: ...
+    def idle_at(self, node: int) -> int: ...
+
+class NixlReads:
+    """One-sided reads by the NIXL process for the lane (``native/nixl_reads.hpp``). ``fd``: :meth:`drain` has something.
+
+    The arena at ``arena`` stays mapped until :meth:`stop` has returned."""
+
+    fd: int
+    reads: int
+    bytes_read: int
+    def __init__(self, store: Store, arena: int, partial_bytes: int) -> None: ...
+    def attach(self, fd: int) -> None:
+        """A NIXL process is ready; takes its (not blocking) socket over."""
+
+    def detach(self) -> None:
+        """That process has been reaped: nothing it had begun can land any more."""
+
+    def set_peer(self, node: int, endpoint: str) -> None: ...
+    def drop_peer(self, node: int) -> None: ...
+    def reads_from(self, node: int) -> bool: ...
+    def drain(self) -> list[tuple[int, int, int]]:
+        """(kind, read id or node, bytes)."""
+
+    def stop(self) -> None:
+        """End every read, join the thread."""
 
 LaneEvent = tuple[
     int, int, int, int, list[bytes], bytes, bytes, float, float, int, int, bool, int, int, int, int, int, float, bytes
 ]
+
+class InlineReads:
+    """READs of the agent's native code, done by native code in the NIXL process (``native/inline_reads.hpp``).
+
+    ``fd``: a socket that is not blocking; stays the caller's. The four callables are NIXL's."""
+
+    reads: int
+    bytes_read: int
+    def __init__(
+        self,
+        fd: int,
+        descriptors: Callable[[list[tuple[int, int, int]]], object],
+        create: Callable[[object, object, str], int],
+        post: Callable[[int], bool],
+        release: Callable[[int], object],
+        base: int,
+        arena_bytes: int,
+    ) -> None: ...
+    def add_peer(self, name: str, base: int, arena_bytes: int) -> None: ...
+    def remove_peer(self, name: str) -> None: ...
+    def serve(
+        self, seconds: float, other_fd: int, other_full: bool, pieces: int
+    ) -> tuple[list[tuple[int, bytes, int, int | None, int, Exception | None]], bool]:
+        """Wait, then read. Returns reads to be gone on with, and whether ``other_fd`` has something (or, when it was full,
+        room).
+
+        Raises:
+            RuntimeError: the agent is gone, or does not keep to the protocol.
+        """
+
+    def send(self, frame: bytes) -> None: ...
 
 class Lane:
     """GETs of engines, served without Python where that is possible (``native/lane.hpp``). ``fd``: :meth:`drain` has
@@ -120,6 +176,7 @@ class Lane:
         store: Store,
         receiver: IoEngine,
         pool: Pool,
+        nixl: NixlReads | None,
         lookup: object,
         arena: int,
         lease_ttl_s: float,
@@ -151,6 +208,7 @@ class Server:
     bytes_served: int
     blocks_served: int
     gets: int
+    pins: int
     refused: int
     protocol_errors: int
     cut_off: int
@@ -166,6 +224,9 @@ class Server:
 
     def drain(self) -> list[tuple[int, str]]:
         """(node, what it did wrong) for the log; at most some hundred are kept."""
+
+    def set_endpoint(self, name: str) -> None:
+        """The NIXL agent that readers have to be connected to; "": there is none now, and PIN is refused."""
 
     def stop(self) -> None:
         """Close every connection, give every lease back, join the thread."""

@@ -186,6 +186,7 @@ class Agent:
                 self.store.core,
                 self.movers.receiver,
                 self.transports.tcp.pool,
+                self.transports.nixl_reads,
                 self.index.lookup,
                 arena=self.arena.base_address,
                 lease_ttl_s=lease_ttl_s,

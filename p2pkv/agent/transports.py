@@ -23,7 +23,7 @@ from p2pkv.errors import TransportUnavailable
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.store.arena import Arena
 from p2pkv.transport.base import Transport
-from p2pkv.transport.movers import Movers
+from p2pkv.transport.movers import PARTIAL_BYTES, Movers
 from p2pkv.transport.nixl import NixlTransport
 from p2pkv.transport.nixl_process import NixlOptions
 from p2pkv.transport.tcp import TcpTransport
@@ -85,6 +85,10 @@ class Transports:
             ucx["UCX_NET_DEVICES"] = "lo"  # UCX's own sockets would listen on every interface
         if settings.nixl_tls:
             ucx["UCX_TLS"] = settings.nixl_tls
+        self.nixl_reads = _native.NixlReads(service.store.core, arena.base_address, PARTIAL_BYTES)
+        """One-sided reads for engines' GETs; for the lane, which stops it."""
+        self._on_change = on_change
+        self._preparing: set[asyncio.Task[None]] = set()
         self._nixl = NixlTransport(
             arena=arena,
             source=service,
@@ -100,7 +104,9 @@ class Transports:
             ),
             lease_ttl_s=lease_ttl_s,
             on_clear=lambda token: service.clear_quarantine(("nixl", token)),
-            on_endpoint=on_change,
+            on_endpoint=self._on_nixl_endpoint,
+            native=self.nixl_reads,
+            on_inline=self._prepare,
             stall_s=settings.stall_ms / 1000,
         )
         self.nixl: NixlTransport | None = None
@@ -136,6 +142,7 @@ class Transports:
 
     async def stop(self) -> None:
         """Stop all; bounded."""
+        self.nixl_reads.stop()
         async with asyncio.timeout(STOP_S):
             await self.tcp.stop()
             if self.nixl is not None:
@@ -144,9 +151,22 @@ class Transports:
     def pick(self, node: int) -> Transport:
         """The transport for a pull from this node, now."""
         transport = self._pick(node)
-        if transport is not self.tcp:
-            self.tcp.pool.drop(node)  # left over from before: native code takes idle TCP connections without asking us
+        if transport is self.nixl and not self.nixl.reads_natively(node):
+            self.tcp.pool.drop(node)  # native code would take an idle connection for a read over TCP, without asking us
         return transport
+
+    def _prepare(self, node: int) -> None:
+        """Native code asks owners on idle data connections: have one, for the next time."""
+        if self.tcp.pool.idle_at(node):
+            return
+        task = asyncio.get_running_loop().create_task(self.tcp.prepare(node))
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
+
+    def _on_nixl_endpoint(self) -> None:
+        endpoint = self._nixl.process.ready
+        self.server.set_endpoint(endpoint.name if endpoint is not None else "")
+        self._on_change()
 
     def _pick(self, node: int) -> Transport:
         if self.nixl is None or not self.nixl.ready:

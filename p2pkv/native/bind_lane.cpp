@@ -27,11 +27,11 @@ nb::list drain(Lane& lane) {
     return out;
 }
 
-Lane* make_lane(store::Store& store, IoEngine& receiver, Pool& pool, nb::capsule lookup, uintptr_t arena,
+Lane* make_lane(store::Store& store, IoEngine& receiver, Pool& pool, NixlReads* nixl, nb::capsule lookup, uintptr_t arena,
                 double lease_ttl_s, double stall_s, uint64_t stream_bytes, uint32_t streams, uint64_t partial_bytes,
                 uint64_t ahead_bytes, uint32_t in_flight_max) {
     if (std::string(lookup.name()) != index::kLookupCapsule) throw nb::type_error("lookup is not PrefixIndex.lookup");
-    return new Lane(store, receiver, pool, *static_cast<const index::Lookup*>(lookup.data()),
+    return new Lane(store, receiver, pool, nixl, *static_cast<const index::Lookup*>(lookup.data()),
                     {arena, lease_ttl_s, stall_s, stream_bytes, streams, partial_bytes, ahead_bytes, in_flight_max});
 }
 
@@ -47,13 +47,34 @@ void bind_lane(nb::module_& m) {
         .def("take", &Pool::take, "node"_a)
         .def("drop", &Pool::drop, "node"_a)
         .def("clear", &Pool::clear)
-        .def("idle", &Pool::idle);
+        .def("idle", &Pool::idle)
+        .def("idle_at", &Pool::idle_at, "node"_a);
+
+    nb::class_<NixlReads>(m, "NixlReads")
+        .def(nb::init<store::Store&, uintptr_t, uint64_t>(), "store"_a, "arena"_a, "partial_bytes"_a,
+             nb::keep_alive<1, 2>())
+        .def_prop_ro("fd", &NixlReads::fd)
+        .def_prop_ro("reads", [](const NixlReads& self) { return self.reads.load(); })
+        .def_prop_ro("bytes_read", [](const NixlReads& self) { return self.bytes_read.load(); })
+        .def("attach", &NixlReads::attach, "fd"_a)
+        .def("detach", &NixlReads::detach)
+        .def("set_peer", &NixlReads::set_peer, "node"_a, "endpoint"_a)
+        .def("drop_peer", &NixlReads::drop_peer, "node"_a)
+        .def("reads_from", &NixlReads::reads_from, "node"_a)
+        .def("drain",
+             [](NixlReads& self) {
+                 nb::list out;
+                 for (const NixlReadsEvent& e : self.drain())
+                     out.append(nb::make_tuple(static_cast<int>(e.kind), e.id, e.bytes));
+                 return out;
+             })
+        .def("stop", &NixlReads::stop, nb::call_guard<nb::gil_scoped_release>());
 
     nb::class_<Lane>(m, "Lane")
-        .def(nb::new_(&make_lane), "store"_a, "receiver"_a, "pool"_a, "lookup"_a, "arena"_a, "lease_ttl_s"_a, "stall_s"_a,
+        .def(nb::new_(&make_lane), "store"_a, "receiver"_a, "pool"_a, "nixl"_a.none(), "lookup"_a, "arena"_a, "lease_ttl_s"_a, "stall_s"_a,
              "stream_bytes"_a, "streams"_a, "partial_bytes"_a, "ahead_bytes"_a,
              "in_flight_max"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
-             nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>())
+             nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>())
         .def_prop_ro("fd", &Lane::fd)
         .def_prop_ro("in_flight", &Lane::in_flight)
         .def_prop_ro("blocks_in_flight", &Lane::blocks_in_flight)

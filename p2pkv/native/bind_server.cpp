@@ -33,6 +33,7 @@ void bind_server(nb::module_& m) {
         .def_prop_ro("bytes_served", read_counter<&ServerCounters::bytes_served>)
         .def_prop_ro("blocks_served", read_counter<&ServerCounters::blocks_served>)
         .def_prop_ro("gets", read_counter<&ServerCounters::gets>)
+        .def_prop_ro("pins", read_counter<&ServerCounters::pins>)
         .def_prop_ro("refused", read_counter<&ServerCounters::refused>)
         .def_prop_ro("protocol_errors", read_counter<&ServerCounters::protocol_errors>)
         .def_prop_ro("cut_off", read_counter<&ServerCounters::cut_off>)
@@ -51,5 +52,6 @@ void bind_server(nb::module_& m) {
                  for (const ServerEvent& event : self.drain()) out.append(nb::make_tuple(event.node, event.text));
                  return out;
              })
+        .def("set_endpoint", &Server::set_endpoint, "name"_a)
         .def("stop", &Server::stop, nb::call_guard<nb::gil_scoped_release>());
 }

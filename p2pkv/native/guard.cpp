@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <mutex>
 
+#include "copy.hpp"
+
 namespace p2pkv {
 namespace {
 
@@ -82,7 +84,7 @@ bool expired(Job* job) {
 void copy_body(void* argument) {
     auto* job = static_cast<Job*>(argument);
     for (size_t done = 0; done < job->length && !expired(job); done += kPiece)
-        std::memcpy(job->dst + done, job->src + done, std::min(kPiece, job->length - done));
+        copy_bytes(job->dst + done, job->src + done, std::min(kPiece, job->length - done));
 }
 
 void copy_hash_body(void* argument) {
@@ -90,7 +92,7 @@ void copy_hash_body(void* argument) {
     const HashOps& ops = hash_ops();
     for (size_t done = 0; done < job->length && !expired(job); done += kPiece) {
         const size_t n = std::min(kPiece, job->length - done);
-        std::memcpy(job->dst + done, job->src + done, n);
+        copy_bytes(job->dst + done, job->src + done, n);
         ops.update(job->state, job->dst + done, n);
     }
 }

@@ -2,10 +2,11 @@
 //
 // Each engine has, beside its control connection, a socket for GET, GOT and RELEASE only. One thread reads these
 // sockets; what is in the local store is held and answered at once, and what one peer has is received straight into
-// reserved slots by the I/O thread, proven, committed and answered from there. Everything that needs thought (no
-// connection yet, several holders, large batches, a failure, a refusal) is handed to Python with what is left to do.
+// reserved slots by the I/O thread, or read into them by the NIXL process, proven, committed and answered from there.
+// Everything that needs thought (no connection yet, several holders, a failure, a refusal) is handed to Python with what
+// is left to do.
 //
-// Threads: the lane's own, the receiving I/O thread (`on_end`), and Python's loop (public methods). An engine's socket
+// Threads: the lane's own, the receiving I/O thread and that of NixlReads (`on_event`), and Python's loop (public methods). An engine's socket
 // is written to under its connection's mutex, by any of them.
 #pragma once
 #include <atomic>
@@ -20,6 +21,7 @@
 #include "../index/core/lookup.hpp"
 #include "completions.hpp"
 #include "io_engine.hpp"
+#include "nixl_reads.hpp"
 #include "pool.hpp"
 #include "store.hpp"
 
@@ -60,7 +62,9 @@ struct LaneOptions {
 
 class Lane {
   public:
-    Lane(store::Store& store, IoEngine& receiver, Pool& pool, const index::Lookup& lookup, LaneOptions options);
+    // `nixl`: for peers that are read one-sided; null: none is. Stopped with the lane.
+    Lane(store::Store& store, IoEngine& receiver, Pool& pool, NixlReads* nixl, const index::Lookup& lookup,
+         LaneOptions options);
     ~Lane();
 
     int fd() const { return events_.fd(); }
@@ -101,6 +105,7 @@ class Lane {
     bool take_off(const Request& request, const std::vector<uint32_t>& indices);
     void call_off(const Request& request, const std::vector<uint32_t>& indices);
     void submit(const std::shared_ptr<Pull>& pull);
+    void on_pinned(const std::shared_ptr<Pull>& pull, PinAnswer answer, double asked_at, IoEvent event);
     void on_event(Pull& pull, IoEvent event);
     void send_ahead(Pull& pull, const IoEvent& event);
     void settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed);
@@ -116,6 +121,7 @@ class Lane {
     store::Store& store_;
     IoEngine& receiver_;
     Pool& pool_;
+    NixlReads* const nixl_;
     const index::Lookup lookup_;
     const LaneOptions options_;
     const int epoll_;

@@ -21,6 +21,7 @@ using namespace p2pkv;
 void bind_store(nb::module_& m);
 void bind_server(nb::module_& m);
 void bind_lane(nb::module_& m);
+void bind_inline(nb::module_& m);
 
 namespace {
 
@@ -182,6 +183,7 @@ NB_MODULE(_native, m) {
     bind_store(m);
     bind_server(m);
     bind_lane(m);
+    bind_inline(m);
 
     nb::class_<Hasher>(m, "Hasher")
         .def(nb::init<>())

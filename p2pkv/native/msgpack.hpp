@@ -39,6 +39,30 @@ class Reader {
         at_ += length;
         return true;
     }
+    bool boolean(bool* value) {
+        unsigned char tag;
+        if (!byte(&tag)) return false;
+        if (tag != 0xc2 && tag != 0xc3) return spoil();
+        *value = tag == 0xc3;
+        return true;
+    }
+    // Text is not looked into: whoever needs it to be UTF-8 checks that.
+    bool str(std::string_view* text) {
+        unsigned char tag;
+        uint64_t length;
+        if (!byte(&tag)) return false;
+        if ((tag & 0xe0) == 0xa0) {
+            length = tag & 0x1f;
+        } else if (tag < 0xd9 || tag > 0xdb) {
+            return spoil();
+        } else if (!big_endian(size_t{1} << (tag - 0xd9), &length)) {
+            return false;
+        }
+        if (length > data_.size() - at_) return spoil();
+        *text = data_.substr(at_, length);
+        at_ += length;
+        return true;
+    }
     // Whatever comes next: fields that a later version has added. Nesting deeper than `depth` spoils the reader.
     bool skip(uint64_t items, int depth = 8) {
         for (; items > 0; --items)

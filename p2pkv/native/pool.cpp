@@ -90,6 +90,12 @@ size_t Pool::idle() {
     return count;
 }
 
+size_t Pool::idle_at(uint64_t node) {
+    std::lock_guard lock(mutex_);
+    const auto it = peers_.find(node);
+    return it == peers_.end() ? 0 : it->second.idle.size();
+}
+
 void Pool::learn(uint64_t node, double waited_s) {
     if (waited_s <= 0) return;
     std::lock_guard lock(mutex_);

@@ -33,6 +33,7 @@ class Pool {
     void drop(uint64_t node);
     void clear();
     size_t idle();
+    size_t idle_at(uint64_t node);
 
     // The node's first byte came after this long (see p2pkv/transport/patience.py for the estimate).
     void learn(uint64_t node, double waited_s);

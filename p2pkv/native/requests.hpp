@@ -1,4 +1,4 @@
-// What a reader may say on a data connection, cut out of its bytes: GET and RELEASE, in the frames of
+// What a reader may say on a data connection, cut out of its bytes: GET, PIN and RELEASE, in the frames of
 // p2pkv/wire/frame.py with the bodies of p2pkv/wire/peer.py. Sans-IO, and holds no more than what has arrived.
 #pragma once
 #include <cstdint>
@@ -8,14 +8,22 @@
 
 namespace p2pkv {
 
-constexpr unsigned char kTypeRelease = 10;  // p2pkv/wire/peer.py, and so on for the other types
+constexpr unsigned char kTypePin = 8;  // p2pkv/wire/peer.py
+constexpr unsigned char kTypePinned = 9;
+constexpr unsigned char kTypeRelease = 10;
 constexpr unsigned char kTypeGet = 12;
+constexpr unsigned char kTypeGot = 13;
+constexpr unsigned char kTypeError = 31;
+constexpr size_t kGotRecordBytes = 32;     // per asked hash: docs/protocol.md
+constexpr size_t kPinnedRecordBytes = 40;  // the same, and where the block lies in the arena
+constexpr size_t kEndpointBytesMax = 256;  // a NIXL agent's name
 constexpr size_t kKeysMax = 16384;         // p2pkv/wire/fields.py
 constexpr size_t kRequestBytesMax = 2 << 20;  // the largest lawful GET has 1.1 MiB
 constexpr size_t kReleaseBytesMax = 64;    // an array of one integer
 constexpr size_t kRequestsQueuedMax = 16;  // a connection carries one at a time; what is sent ahead is bounded
 
-struct GetRequest {
+// What GET and PIN ask for.
+struct BlocksRequest {
     uint64_t space = 0;
     uint32_t ttl_ms = 0;
     std::vector<std::string_view> keys;  // into the inbox
@@ -42,11 +50,10 @@ class Inbox {
 };
 
 // False: the body is not that message, the whole of it and nothing more.
-bool parse_get(std::string_view body, GetRequest* out);
+bool parse_get(std::string_view body, BlocksRequest* out);
+bool parse_pin(std::string_view body, BlocksRequest* out, bool* serve);
 bool parse_release(std::string_view body);
 
-// A frame of the owner's.
-std::string frame_header(unsigned char type, size_t body_bytes);
 std::string error_frame(std::string_view code, std::string_view message);
 
 }  // namespace p2pkv

@@ -10,12 +10,12 @@
 #include <cmath>
 #include <cstring>
 
+#include "frame.hpp"
+
 namespace p2pkv {
 namespace {
 
-constexpr unsigned char kTypeGot = 13;
-constexpr unsigned char kMiss = 1;     // p2pkv.types.Status
-constexpr size_t kRecordBytes = 32;    // GOT_RECORD of p2pkv/wire/peer.py
+constexpr unsigned char kMiss = 1;  // p2pkv.types.Status
 constexpr size_t kReceiveBytes = 64 << 10;
 constexpr uint64_t kTurnBytes = 4 << 20;  // then another connection gets its turn
 constexpr size_t kEventsUnreadMax = 256;  // a peer that reconnects to be wrong again must not fill memory
@@ -27,6 +27,15 @@ double seconds_now() { return std::chrono::duration<double>(Clock::now().time_si
 
 void store32(char* at, uint32_t value) { std::memcpy(at, &value, sizeof value); }
 void store64(char* at, uint64_t value) { std::memcpy(at, &value, sizeof value); }
+
+// What GOT's and PINNED's records begin with.
+void write_record(char* record, const store::Place& place) {
+    record[0] = static_cast<char>(place.hit ? kOk : kMiss);
+    if (!place.hit) return;
+    store32(record + 4, static_cast<uint32_t>(place.length));
+    store64(record + 8, place.generation);
+    std::memcpy(record + 16, place.checksum.data(), place.checksum.size());
+}
 
 // For epoll_wait: rounded up, so that what is due is due when it returns.
 int milliseconds_until(double when, double now) {
@@ -203,51 +212,92 @@ Server::Next Server::go_on(Connection& connection, std::string_view bytes) {
 Server::Next Server::serve(Connection& connection, unsigned char type, std::string_view body) {
     release(connection);
     if (type == kTypeRelease) return parse_release(body) ? Next::read : reject(connection, "malformed RELEASE");
-    if (!parse_get(body, &get_)) return reject(connection, "malformed GET");
-    answer(connection);
+    if (type == kTypeGet) {
+        if (!parse_get(body, &asked_)) return reject(connection, "malformed GET");
+        answer_get(connection);
+    } else {
+        bool serve_reads;
+        if (!parse_pin(body, &asked_, &serve_reads)) return reject(connection, "malformed PIN");
+        answer_pin(connection, serve_reads);
+    }
     return Next::read;
 }
 
-void Server::answer(Connection& connection) {
-    ++counters_.gets;
-    const double now = seconds_now();
-    const double ttl_s = std::min(get_.ttl_ms / 1e3, lease_ttl_s_);
-    const store::Pinned pinned = store_->pin(get_.space, get_.keys, ttl_s, now, connection.node);
-    connection.lease = pinned.lease;
-    // Without a lease nothing can go stale, but who does not read must not keep the answer for ever either.
-    connection.ends_at = pinned.lease != 0 ? pinned.expires_at : now + lease_ttl_s_;
-    check_at_ = std::min(check_at_, connection.ends_at);
-    counters_.leases_given += pinned.lease != 0;
-    counters_.leases_held += pinned.lease != 0;
-    connection.answer_blocks = 0;
+// Hold what was asked for. False: the reader may hold no more, and has been told so.
+bool Server::hold(Connection& connection, store::Pinned* pinned) {
+    const double ttl_s = std::min(asked_.ttl_ms / 1e3, lease_ttl_s_);
+    *pinned = store_->pin(asked_.space, asked_.keys, ttl_s, seconds_now(), connection.node);
+    connection.lease = pinned->lease;
+    connection.ends_at = pinned->expires_at;
+    counters_.leases_given += pinned->lease != 0;
+    counters_.leases_held += pinned->lease != 0;
+    if (pinned->lease != 0 || pinned->considered == asked_.keys.size()) return true;
+    ++counters_.refused;
+    send_answer(connection, error_frame("busy", "this peer holds as much as it may"), {});
+    return false;
+}
 
-    std::string header;
+void Server::answer_get(Connection& connection) {
+    ++counters_.gets;
+    store::Pinned pinned;
+    if (!hold(connection, &pinned)) return;
+    std::string header = frame::begin(kTypeGot, pinned.places.size() * kGotRecordBytes);
+    size_t at = header.size();
+    header.resize(at + pinned.places.size() * kGotRecordBytes);
     std::vector<FileRun> runs;
-    if (pinned.lease == 0 && pinned.considered < get_.keys.size()) {
-        ++counters_.refused;
-        header = error_frame("busy", "this peer holds as much as it may");
-    } else {
-        header = frame_header(kTypeGot, pinned.places.size() * kRecordBytes);
-        size_t at = header.size();
-        header.resize(at + pinned.places.size() * kRecordBytes);
-        for (const store::Place& place : pinned.places) {
-            char* record = header.data() + at;
-            at += kRecordBytes;
-            record[0] = static_cast<char>(place.hit ? kOk : kMiss);
-            if (!place.hit) continue;
-            store32(record + 4, static_cast<uint32_t>(place.length));
-            store64(record + 8, place.generation);
-            std::memcpy(record + 16, place.checksum.data(), place.checksum.size());
-            ++connection.answer_blocks;
-            if (!runs.empty() && runs.back().offset + runs.back().length == place.offset) {
-                runs.back().length += place.length;
-            } else {
-                runs.push_back({place.offset, place.length});
-            }
+    uint32_t blocks = 0;
+    for (const store::Place& place : pinned.places) {
+        write_record(header.data() + at, place);
+        at += kGotRecordBytes;
+        if (!place.hit) continue;
+        ++blocks;
+        if (!runs.empty() && runs.back().offset + runs.back().length == place.offset) {
+            runs.back().length += place.length;
+        } else {
+            runs.push_back({place.offset, place.length});
         }
     }
+    send_answer(connection, std::move(header), std::move(runs), blocks);
+}
+
+void Server::answer_pin(Connection& connection, bool serve_reads) {
+    ++counters_.pins;
+    const std::string endpoint = this->endpoint();
+    if (serve_reads) return send_answer(connection, error_frame("unsupported", "to be served, ask on a control connection"), {});
+    if (endpoint.empty()) return send_answer(connection, error_frame("busy", "the NIXL process is not running"), {});
+    store::Pinned pinned;
+    if (!hold(connection, &pinned)) return;
+    const size_t fixed = 8 + endpoint.size();
+    std::string body(fixed + pinned.places.size() * kPinnedRecordBytes, '\0');
+    store32(body.data(), static_cast<uint32_t>(pinned.ttl_s * 1e3));
+    store32(body.data() + 4, static_cast<uint32_t>(endpoint.size()));
+    std::memcpy(body.data() + 8, endpoint.data(), endpoint.size());
+    char* record = body.data() + fixed;
+    for (const store::Place& place : pinned.places) {
+        write_record(record, place);
+        if (place.hit) store64(record + kGotRecordBytes, place.offset);
+        record += kPinnedRecordBytes;
+    }
+    send_answer(connection, frame::make(kTypePinned, 0, body), {});
+}
+
+void Server::send_answer(Connection& connection, std::string header, std::vector<FileRun> runs, uint32_t blocks) {
+    // Without a lease nothing can go stale, but who does not read must not keep the answer for ever either.
+    if (connection.lease == 0) connection.ends_at = seconds_now() + lease_ttl_s_;
+    check_at_ = std::min(check_at_, connection.ends_at);
+    connection.answer_blocks = blocks;
     const Limits limits{Clock::time_point::max(), {}, {}};  // ends_at is looked at here
     connection.answer.emplace(0, connection.fd, limits, std::move(header), file_, connection.mapping, std::move(runs));
+}
+
+void Server::set_endpoint(std::string name) {
+    std::lock_guard lock(mutex_);
+    endpoint_ = std::move(name);
+}
+
+std::string Server::endpoint() {
+    std::lock_guard lock(mutex_);
+    return endpoint_;
 }
 
 void Server::count_answer(Connection& connection, bool whole) {

@@ -1,4 +1,5 @@
-// The owner's half of the TCP transport: GET -> pin -> send, on one thread with one epoll set, without Python.
+// The owner's half of the TCP transport: GET -> pin -> send, on one thread with one epoll set, without Python. And PIN,
+// for readers that fetch the bytes themselves, one-sided, over NIXL.
 //
 // A connection carries one request at a time. Zero-copy sends keep references to the arena's pages in the socket queue,
 // so "sent" does not mean "read": the lease of an answer is held until the reader's RELEASE, its next GET, the
@@ -36,7 +37,8 @@ struct ServerCounters {
     std::atomic<uint64_t> bytes_served{0};         // payload bytes that went into sockets
     std::atomic<uint64_t> blocks_served{0};        // blocks of answers that went out whole
     std::atomic<uint64_t> gets{0};
-    std::atomic<uint64_t> refused{0};              // GETs answered "busy"
+    std::atomic<uint64_t> pins{0};
+    std::atomic<uint64_t> refused{0};              // of both, answered "busy" for the reader's own sake
     std::atomic<uint64_t> protocol_errors{0};
     std::atomic<uint64_t> cut_off{0};              // answers whose lease expired before they were sent
     std::atomic<uint64_t> connections_refused{0};  // over the bound
@@ -53,6 +55,9 @@ class Server {
     // Serve a connected, non-blocking socket that `node` has introduced itself on; owns it from here on. `leftover`:
     // what was read from it already. False: stopped or full, and the socket is closed.
     bool add(int fd, uint64_t node, bool same_host, std::string leftover);
+
+    // The NIXL agent that readers have to be connected to, as PINNED names it; "": there is none now.
+    void set_endpoint(std::string name);
 
     // Close every connection, give every lease back, join the thread.
     void stop();
@@ -91,7 +96,11 @@ class Server {
     void turn(uint64_t id, Connection& connection, std::string_view bytes);
     Next go_on(Connection& connection, std::string_view bytes);
     Next serve(Connection& connection, unsigned char type, std::string_view body);
-    void answer(Connection& connection);
+    void answer_get(Connection& connection);
+    void answer_pin(Connection& connection, bool serve_reads);
+    bool hold(Connection& connection, store::Pinned* pinned);
+    void send_answer(Connection& connection, std::string header, std::vector<FileRun> runs, uint32_t blocks = 0);
+    std::string endpoint();
     void count_answer(Connection& connection, bool whole);
     Next reject(Connection& connection, const char* why);
     void release(Connection& connection);
@@ -112,14 +121,15 @@ class Server {
     std::atomic<bool> stopping_{false};
     ServerCounters counters_;
     Completions<ServerEvent> events_;
-    std::mutex mutex_;  // guards the following one
+    std::mutex mutex_;  // guards the following two
     std::vector<Incoming> incoming_;
+    std::string endpoint_;
 
     // The rest is the thread's own.
     std::unordered_map<uint64_t, Connection> connections_;
     uint64_t last_id_ = 0;
     double check_at_ = std::numeric_limits<double>::infinity();  // nothing ends by itself before
-    GetRequest get_;
+    BlocksRequest asked_;
     std::unique_ptr<char[]> received_;
     std::thread thread_;
 };

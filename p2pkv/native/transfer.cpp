@@ -7,14 +7,12 @@
 #include <cerrno>
 #include <cstring>
 
+#include "frame.hpp"
+#include "requests.hpp"
+
 namespace p2pkv {
 namespace {
 
-constexpr size_t kHeaderBytes = 12;  // p2pkv/wire/frame.py
-constexpr unsigned char kFrameVersion = 1;
-constexpr unsigned char kTypeGot = 13;  // p2pkv/wire/peer.py
-constexpr unsigned char kTypeError = 31;
-constexpr size_t kRecordBytes = 32;
 constexpr size_t kRefusalBytesMax = 8192;
 constexpr size_t kPiece = 256 << 10;       // hashed while still in L2
 constexpr uint64_t kTurnBytes = 4 << 20;   // then another transfer of this thread gets its turn
@@ -27,6 +25,21 @@ uint32_t load32(const unsigned char* p) {
     return v;
 }
 
+uint64_t load64(const unsigned char* p) {
+    uint64_t v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// A record's status and checksum. False: the block is not as long as its layout says.
+bool read_record(const unsigned char* record, uint32_t expected_length, unsigned char* status, Digest* checksum) {
+    *status = record[0];
+    std::memcpy(checksum->data(), record + 16, checksum->size());
+    return load32(record + 4) == (*status == kOk ? expected_length : 0);
+}
+
+constexpr const char* kWrongLength = "a block is not as long as its layout says";
+
 }  // namespace
 
 Transfer::Want Transfer::on_errno(Want when_it_would_block) {
@@ -34,32 +47,23 @@ Transfer::Want Transfer::on_errno(Want when_it_would_block) {
     return fail(Code::closed, std::strerror(errno));
 }
 
-Receive::Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
-                 uint64_t partial_bytes, uint64_t ahead_bytes)
-    : Transfer(job, fd, limits),
-      request_(std::move(request)),
-      blocks_(std::move(blocks)),
-      partial_bytes_(partial_bytes),
-      ahead_bytes_(ahead_bytes),
-      control_(kHeaderBytes),
-      statuses_(blocks_.size(), 1),
-      expected_(blocks_.size()),
-      digests_(blocks_.size()) {}
+Asking::Asking(uint64_t job, int fd, Limits limits, std::string request)
+    : Transfer(job, fd, limits), request_(std::move(request)), control_(frame::kHeaderBytes) {}
 
-Transfer::Want Receive::step() {
+Transfer::Want Asking::step() {
     if (state_ == State::request) {
         const Want want = send_request();
         if (state_ == State::request) return want;
     }
-    while (state_ != State::payload) {
+    while (state_ != State::answered) {
         const State before = state_;
-        const Want want = read_control();
-        if (state_ == before) return want;
+        const Want want = read_frame();
+        if (state_ == before || want == Want::done) return want;
     }
-    return read_payload();
+    return go_on();
 }
 
-Transfer::Want Receive::send_request() {
+Transfer::Want Asking::send_request() {
     while (sent_ < request_.size()) {
         const ssize_t n = send(fd, request_.data() + sent_, request_.size() - sent_, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n < 0 && errno == EINTR) continue;
@@ -72,7 +76,7 @@ Transfer::Want Receive::send_request() {
 }
 
 // Fills control_; when it is full, moves on to the next state.
-Transfer::Want Receive::read_control() {
+Transfer::Want Asking::read_frame() {
     while (control_got_ < control_.size()) {
         const ssize_t n = recv(fd, control_.data() + control_got_, control_.size() - control_got_, MSG_DONTWAIT);
         if (n < 0 && errno == EINTR) continue;
@@ -83,43 +87,51 @@ Transfer::Want Receive::read_control() {
         if (!begun) first_byte_at_ = last_progress;
         begun = true;
     }
-    return on_control();
+    if (state_ == State::header) return on_header();
+    if (state_ == State::refusal) return fail(Code::refused, std::string(control_.begin(), control_.end()));
+    state_ = State::answered;
+    return on_answer(control_);
 }
 
-Transfer::Want Receive::on_control() {
-    switch (state_) {
-        case State::header: {
-            const uint32_t length = load32(control_.data());
-            const unsigned char version = control_[4], type = control_[5];
-            if (version != kFrameVersion) return fail(Code::protocol, "frame of another version");
-            if (type == kTypeError && length <= kRefusalBytesMax) {
-                state_ = State::refusal;
-            } else if (type == kTypeGot && length == blocks_.size() * kRecordBytes) {
-                state_ = State::records;
-            } else {
-                return fail(Code::protocol, "not an answer to GET");
-            }
-            control_.assign(length, 0);
-            control_got_ = 0;
-            return length == 0 ? on_control() : Want::read;
-        }
-        case State::refusal:
-            return fail(Code::refused, std::string(control_.begin(), control_.end()));
-        case State::records:
-            for (size_t i = 0; i < blocks_.size(); ++i) {
-                const unsigned char* record = control_.data() + i * kRecordBytes;
-                const unsigned char status = record[0];
-                const uint32_t length = load32(record + 4);
-                if (length != (status == kOk ? blocks_[i].length : 0))
-                    return fail(Code::protocol, "a block is not as long as its layout says");
-                statuses_[i] = status;
-                std::memcpy(expected_[i].data(), record + 16, 16);
-            }
-            state_ = State::payload;
-            hash_ops().reset(&hash_);
-            return Want::read;
-        default: return fail(Code::protocol, "unreachable");
+Transfer::Want Asking::on_header() {
+    const frame::Header header = frame::parse(control_.data());
+    if (header.version != frame::kVersion) return fail(Code::protocol, "frame of another version");
+    if (header.type == kTypeError && header.length <= kRefusalBytesMax) {
+        state_ = State::refusal;
+    } else if (expects(header.type, header.length)) {
+        state_ = State::body;
+    } else {
+        return fail(Code::protocol, "not an answer to what was asked");
     }
+    control_.assign(header.length, 0);
+    control_got_ = 0;
+    return Want::read;
+}
+
+double Asking::waited_s() const {
+    return begun ? std::chrono::duration<double>(first_byte_at_ - started).count() : 0;
+}
+
+Receive::Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
+                 uint64_t partial_bytes, uint64_t ahead_bytes)
+    : Asking(job, fd, limits, std::move(request)),
+      blocks_(std::move(blocks)),
+      partial_bytes_(partial_bytes),
+      ahead_bytes_(ahead_bytes),
+      statuses_(blocks_.size(), 1),
+      expected_(blocks_.size()),
+      digests_(blocks_.size()) {}
+
+bool Receive::expects(unsigned char type, size_t body_bytes) const {
+    return type == kTypeGot && body_bytes == blocks_.size() * kGotRecordBytes;
+}
+
+Transfer::Want Receive::on_answer(const std::vector<unsigned char>& records) {
+    for (size_t i = 0; i < blocks_.size(); ++i)
+        if (!read_record(records.data() + i * kGotRecordBytes, blocks_[i].length, &statuses_[i], &expected_[i]))
+            return fail(Code::protocol, kWrongLength);
+    hash_ops().reset(&hash_);
+    return Want::read;
 }
 
 // Skips blocks that the owner does not have; true while there is one to receive.
@@ -128,7 +140,7 @@ bool Receive::next_block() {
     return block_ < blocks_.size();
 }
 
-Transfer::Want Receive::read_payload() {
+Transfer::Want Receive::go_on() {
     uint64_t turn = 0;
     while (next_block()) {
         if (turn >= kTurnBytes || unreported_ >= partial_bytes_ || ahead()) return Want::read;
@@ -161,7 +173,7 @@ void Receive::report(IoEvent* event) {
     event->statuses.assign(statuses_.begin() + reported_, statuses_.begin() + block_);
     event->digests.assign(digests_.begin() + reported_, digests_.begin() + block_);
     event->bytes = bytes_;
-    event->waited_s = begun ? std::chrono::duration<double>(first_byte_at_ - started).count() : 0;
+    event->waited_s = waited_s();
     reported_ = block_;
     unreported_ = 0;
 }
@@ -186,6 +198,32 @@ bool Receive::take_ahead(IoEvent* event) {
 
 // Blocks from `block_` on did not arrive whole: they are not in the report, which says how far it goes.
 void Receive::fill_final(IoEvent* event) { report(event); }
+
+Pin::Pin(uint64_t job, int fd, Limits limits, std::string request, std::vector<uint32_t> lengths,
+         std::shared_ptr<PinAnswer> out)
+    : Asking(job, fd, limits, std::move(request)), lengths_(std::move(lengths)), out_(std::move(out)) {}
+
+bool Pin::expects(unsigned char type, size_t body_bytes) const {
+    const size_t least = 8 + lengths_.size() * kPinnedRecordBytes;
+    return type == kTypePinned && body_bytes >= least && body_bytes <= least + kEndpointBytesMax;
+}
+
+Transfer::Want Pin::on_answer(const std::vector<unsigned char>& body) {
+    const size_t name_bytes = load32(body.data() + 4), count = lengths_.size();
+    if (body.size() != 8 + name_bytes + count * kPinnedRecordBytes) return fail(Code::protocol, "malformed PINNED");
+    out_->ttl_s = load32(body.data()) / 1e3;
+    out_->endpoint.assign(reinterpret_cast<const char*>(body.data()) + 8, name_bytes);
+    out_->statuses.resize(count);
+    out_->offsets.resize(count);
+    out_->checksums.resize(count);
+    const unsigned char* record = body.data() + 8 + name_bytes;
+    for (size_t i = 0; i < count; ++i, record += kPinnedRecordBytes) {
+        if (!read_record(record, lengths_[i], &out_->statuses[i], &out_->checksums[i]))
+            return fail(Code::protocol, kWrongLength);
+        out_->offsets[i] = load64(record + kGotRecordBytes);
+    }
+    return Want::read;
+}
 
 Send::Send(uint64_t job, int fd, Limits limits, std::string header, int file, const unsigned char* mapping,
            std::vector<FileRun> runs)

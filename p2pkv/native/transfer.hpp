@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,7 @@ struct IoEvent {
     uint64_t job = 0;
     bool final = false;
     Code code = Code::ok;
+    uint64_t token = 0;  // not zero: the blocks that have not come may still be written, until it is cleared
     uint32_t first = 0;  // index of the block that statuses[0] is about
     std::vector<unsigned char> statuses;
     std::vector<Digest> digests;
@@ -100,36 +102,56 @@ struct Destination {
     uint32_t length;
 };
 
-// Send a request, then read GOT: records, then payloads straight into their destinations, hashing each piece while it
-// is hot, and comparing each block's digest with the owner's before it counts.
-class Receive final : public Transfer {
+// Sends a request and reads the one frame that answers it, as GET and PIN have in common.
+class Asking : public Transfer {
+  public:
+    Asking(uint64_t job, int fd, Limits limits, std::string request);
+    Want begin() override { return send_request(); }
+    Want step() override;
+
+  protected:
+    // Whether an answer may be of this type and have a body of so many bytes.
+    virtual bool expects(unsigned char type, size_t body_bytes) const = 0;
+    // The whole body is here. Want::done ends the transfer; else go_on() follows.
+    virtual Want on_answer(const std::vector<unsigned char>& body) = 0;
+    virtual Want go_on() = 0;
+    double waited_s() const;  // until the first byte; 0 = none came
+
+  private:
+    enum class State { request, header, refusal, body, answered };
+    Want send_request();
+    Want read_frame();
+    Want on_header();
+
+    State state_ = State::request;
+    std::string request_;
+    size_t sent_ = 0;
+    std::vector<unsigned char> control_;  // header or body being read
+    size_t control_got_ = 0;
+    Clock::time_point first_byte_at_{};
+};
+
+// GET: the answer's records, then payloads straight into their destinations, hashing each piece while it is hot, and
+// comparing each block's digest with the owner's before it counts.
+class Receive final : public Asking {
   public:
     Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
             uint64_t partial_bytes, uint64_t ahead_bytes = 0);
-    Want begin() override { return send_request(); }
-    Want step() override;
     bool take_partial(IoEvent* event) override;
     bool take_ahead(IoEvent* event) override;
     void fill_final(IoEvent* event) override;
 
   private:
-    enum class State { request, header, refusal, records, payload };
-    Want send_request();
-    Want read_control();
-    Want on_control();
-    Want read_payload();
+    bool expects(unsigned char type, size_t body_bytes) const override;
+    Want on_answer(const std::vector<unsigned char>& records) override;
+    Want go_on() override;
     bool next_block();
     bool ahead() const;
     void report(IoEvent* event);
 
-    State state_ = State::request;
-    std::string request_;
-    size_t sent_ = 0;
     std::vector<Destination> blocks_;
     const uint64_t partial_bytes_;
     const uint64_t ahead_bytes_;  // 0: never
-    std::vector<unsigned char> control_;  // header, refusal body or records being read
-    size_t control_got_ = 0;
     std::vector<unsigned char> statuses_;
     std::vector<Digest> expected_;
     std::vector<Digest> digests_;
@@ -139,8 +161,32 @@ class Receive final : public Transfer {
     size_t reported_ = 0;      // blocks already sent on
     uint64_t unreported_ = 0;  // payload bytes of finished blocks not sent on yet
     uint64_t bytes_ = 0;
-    Clock::time_point first_byte_at_{};
     HashState hash_;
+};
+
+// PIN's answer: where the blocks lie in the owner's arena, and what they have to be.
+struct PinAnswer {
+    std::string endpoint;  // the NIXL agent whose memory that is
+    double ttl_s = 0;      // of the lease, counted from when the owner answered
+    std::vector<unsigned char> statuses;  // per asked block, as the following
+    std::vector<uint64_t> offsets;
+    std::vector<Digest> checksums;
+};
+
+// PIN: nothing comes after the answer. `out` is filled when it has ended well.
+class Pin final : public Asking {
+  public:
+    Pin(uint64_t job, int fd, Limits limits, std::string request, std::vector<uint32_t> lengths,
+        std::shared_ptr<PinAnswer> out);
+    void fill_final(IoEvent* event) override { event->waited_s = waited_s(); }
+
+  private:
+    bool expects(unsigned char type, size_t body_bytes) const override;
+    Want on_answer(const std::vector<unsigned char>& body) override;
+    Want go_on() override { return Want::done; }
+
+    const std::vector<uint32_t> lengths_;  // that the blocks must have
+    const std::shared_ptr<PinAnswer> out_;
 };
 
 struct FileRun {

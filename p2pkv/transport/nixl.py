@@ -7,6 +7,10 @@ its way. RELEASE follows; whether the lease held all along is counted, but it is
 Owner: PIN takes a lease. Where the reader needs it (no RDMA, not the same host) the NIXL process keeps progressing for
 as long as the lease lasts.
 
+Where reads end within our own system call (``inline``), engines' GETs need none of this: native code asks the owner's
+server on a data connection and the NIXL process itself (``native/nixl_reads.hpp``). This module connects the two
+processes and says so.
+
 A read that is given up may still write: its slots are named ``unsafe`` in the result, and ``on_clear`` tells when they
 are safe again (the transfer has ended, or its process is gone).
 """
@@ -24,6 +28,7 @@ import msgspec
 from p2pkv import _native
 from p2pkv.errors import Busy, DeadlineExceeded, P2PKVError, PeerUnavailable
 from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResult
+from p2pkv.transport.nixl_native import NativeReads
 from p2pkv.transport.nixl_process import NixlOptions, NixlProcess
 from p2pkv.transport.nixl_wire import Run
 from p2pkv.types import CHECKSUM_BYTES, Extent, Status
@@ -87,6 +92,9 @@ class NixlTransport:
     Args:
         on_clear: called with a result's token when nothing can write to its unsafe slots any more.
         on_endpoint: called when the NIXL process came or went.
+        native: does inline reads by itself for engines' GETs, over idle data connections; None: nothing does.
+        on_inline: called with a node that was asked from here although it could have been read natively: a data
+            connection to it may be missing.
         stall_s: an owner that does not answer PIN for so long is given up.
     """
 
@@ -104,6 +112,8 @@ class NixlTransport:
         lease_ttl_s: float,
         on_clear: Callable[[int], None],
         on_endpoint: Callable[[], None],
+        native: _native.NixlReads | None = None,
+        on_inline: Callable[[int], None] = lambda node: None,
         stall_s: float = 0.5,
     ) -> None:
         self._arena = arena
@@ -116,6 +126,8 @@ class NixlTransport:
         self._connecting: dict[int, asyncio.Task[_Owner]] = {}
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._native = native
+        self._on_inline = on_inline
         self.stats = NixlStats()
         self.process = NixlProcess(
             arena.fd,
@@ -123,6 +135,7 @@ class NixlTransport:
             node=node,
             epoch=epoch,
             options=options,
+            native=NativeReads(native, self.peer_gone) if native is not None else None,
             on_ready=lambda _: self._endpoint_changed(),
             on_down=self._on_down,
             on_clear=on_clear,
@@ -155,9 +168,15 @@ class NixlTransport:
 
     def peer_gone(self, node: int) -> None:
         """Forget the peer's NIXL process; when it is back, it is another."""
+        if self._native is not None:
+            self._native.drop_peer(node)
         owner = self._owners.pop(node, None)
         if owner is not None:
             self.process.remove_peer(owner.name)
+
+    def reads_natively(self, node: int) -> bool:
+        """Whether native code reads from this node without asking here."""
+        return self._native is not None and self._native.reads_from(node)
 
     def _endpoint_changed(self) -> None:
         if not self._stopping:
@@ -180,6 +199,8 @@ class NixlTransport:
             status = Status.TIMEOUT if isinstance(error, DeadlineExceeded) else Status.UNREACHABLE
             status = Status.BUSY if isinstance(error, Busy) else status
             return PullResult([status] * len(request.hashes), 0, str(error))
+        if owner.inline:
+            self._on_inline(request.node)
         if not pinned.lease:
             return PullResult(statuses, 0)
         landing = _Landing(request, pinned, self._arena.base_address, statuses)
@@ -256,7 +277,9 @@ class NixlTransport:
     def _connected(self, node: int, task: asyncio.Task[_Owner]) -> None:
         self._connecting.pop(node, None)
         if not task.cancelled() and task.exception() is None:
-            self._owners[node] = task.result()
+            self._owners[node] = owner = task.result()
+            if owner.inline and self._native is not None:
+                self._native.set_peer(node, owner.name)
 
     async def _connect_once(self, node: int, link: Link) -> _Owner:
         ours = self.process.ready

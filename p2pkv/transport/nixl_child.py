@@ -28,8 +28,16 @@ QUIET: Final = {"UCX_HANDLE_ERRORS": "none", "UCX_LOG_LEVEL": "error", "NIXL_LOG
 class Child:
     """One incarnation: the process, the socket to it, and whether it is ready or dead."""
 
-    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        sock: socket.socket,
+        lane: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
         self.process = process
+        self.lane = lane
+        """Our end of the second socket, not blocking; whoever takes it over detaches it."""
         self.started_at = time.monotonic()
         self.ready: asyncio.Future[wire.Ready] = loop.create_future()
         self.dead: asyncio.Future[str] = loop.create_future()
@@ -101,6 +109,7 @@ class Child:
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()
+        self.lane.close()
         self.process.kill()
         self.dead.set_result(reason)
 
@@ -112,17 +121,20 @@ class Child:
 def spawn(
     loop: asyncio.AbstractEventLoop, name: str, arena_fd: int, arena_bytes: int, ucx: Mapping[str, str], idle_ms: float
 ) -> Child:
-    """Start a child; it inherits the arena, its end of a new socketpair, standard error, and nothing else.
+    """Start a child; it inherits the arena, its ends of two new socketpairs, standard error, and nothing else.
 
     Call it on a thread that lives as long as the agent: the kernel kills the child with the thread that started it."""
     ours, theirs = socket.socketpair()
+    lane, their_lane = socket.socketpair()
     ours.setblocking(False)
+    lane.setblocking(False)
     root = str(Path(__file__).resolve().parents[2])  # so that it finds this very package, installed or not
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    with theirs:
+    with theirs, their_lane:
         command = [
             sys.executable, "-m", "p2pkv.transport.nixl_worker",
             "--fd", str(theirs.fileno()),
+            "--lane-fd", str(their_lane.fileno()),
             "--arena-fd", str(arena_fd),
             "--arena-bytes", str(arena_bytes),
             "--name", name,
@@ -132,8 +144,8 @@ def spawn(
         process = subprocess.Popen(
             command,
             env={**QUIET, **os.environ, **ucx, "PYTHONPATH": os.pathsep.join(paths)},
-            pass_fds=(theirs.fileno(), arena_fd),
+            pass_fds=(theirs.fileno(), their_lane.fileno(), arena_fd),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-    return Child(process, ours, loop)
+    return Child(process, ours, lane, loop)

@@ -25,7 +25,7 @@ import msgspec
 
 from p2pkv.transport import nixl_wire as wire
 from p2pkv.transport.nixl_fabric import Fabric, FabricError
-from p2pkv.transport.nixl_reads import Peer, Piece, Quarantined, ReadOp, problem_of
+from p2pkv.transport.nixl_reads import HandedOver, Peer, Piece, Quarantined, ReadOp, problem_of, runs_of
 from p2pkv.transport.nixl_wire import ReadStatus
 
 SETTLE_S: Final = 0.25
@@ -62,16 +62,23 @@ class Engine:
         fabric: where transfers go.
         base: address of the own arena. arena_bytes: its size.
         clock: only for measuring how long a fabric call took; decisions use ``now``.
+        on_inline: called with True when a peer's reads are found to end within their posts, with False when it goes.
     """
 
     def __init__(
-        self, fabric: Fabric, base: int, arena_bytes: int, clock: Callable[[], float] = time.monotonic
+        self,
+        fabric: Fabric,
+        base: int,
+        arena_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        on_inline: Callable[[Peer, bool], None] = lambda peer, inline: None,
     ) -> None:
         self.out: deque[tuple[msgspec.Struct, int]] = deque()
         self._fabric = fabric
         self._base = base
         self._bytes = arena_bytes
         self._clock = clock
+        self._on_inline = on_inline
         self._peers: dict[str, Peer] = {}
         self._connecting: list[Peer] = []
         self._retired: list[Peer] = []
@@ -127,13 +134,47 @@ class Engine:
             return self._refuse(read_id, ReadStatus.INVALID, "read id in use")
         if len(request.runs) % wire.RUN_BYTES:
             return self._refuse(read_id, ReadStatus.INVALID, "runs are not whole")
-        numbers = memoryview(request.runs).cast("Q").tolist()
-        runs = numbers[0::3], numbers[1::3], numbers[2::3]
-        if problem := problem_of(runs, self._bytes, peer.bytes):
+        if problem := problem_of(runs_of(request), self._bytes, peer.bytes):
             return self._refuse(read_id, ReadStatus.INVALID, problem)
-        self._reads[read_id] = ReadOp(read_id, peer, runs, self._base, request.piece_bytes, request.deadline_ns / 1e9)
-        self._worked_at = now
+        self._begin(read_id, request, peer, now)
         return None
+
+    def _begin(self, read_id: int, request: wire.Read, peer: Peer, now: float) -> ReadOp:
+        deadline = request.deadline_ns / 1e9
+        op = ReadOp(read_id, peer, runs_of(request), self._base, request.piece_bytes, deadline)
+        self._reads[read_id] = op
+        self._worked_at = now
+        return op
+
+    def go_on(self, handed: HandedOver, now: float) -> None:
+        """Take over a read that native code has begun, as it stands.
+
+        Raises:
+            FabricError: it flies from a peer that is not known here; only the end of this process ends it for sure.
+        """
+        if handed.handle is None:
+            if handed.error is None:
+                return self.read(handed.read_id, handed.request, now)
+            status = ReadStatus.DISCONNECTED if handed.error.disconnected else ReadStatus.ERROR
+            return self._refuse(handed.read_id, status, str(handed.error))
+        peer = self._peers.get(handed.request.peer)
+        if peer is None:
+            raise FabricError("a read flies from a peer that is not known")
+        op = self._begin(handed.read_id, handed.request, peer, now)
+        op.skip(handed.done_bytes)
+        op.done_bytes = op.reported = handed.done_bytes
+        piece = Piece(self._fabric.adopt(handed.handle), op.skip(handed.flying_bytes), handed.flying_bytes)
+        op.flying.append(piece)
+        op.flying_bytes = handed.flying_bytes
+        op.inline = False
+        peer.in_flight += 1
+        if handed.error is None:
+            return None
+        piece.settled_at = now + SETTLE_S
+        if handed.error.disconnected:
+            self._gone(peer)
+        status = ReadStatus.DISCONNECTED if handed.error.disconnected else ReadStatus.ERROR
+        return self._finish(op, status, str(handed.error), now)
 
     def cancel(self, read_id: int, now: float) -> None:
         """Answer a read now. Unknown ids are reads that have just ended."""
@@ -222,7 +263,7 @@ class Engine:
                     self._land(op, op.flying.pop(), now)
         except FabricError as error:
             if error.disconnected:
-                op.peer.state = "gone"
+                self._gone(op.peer)
             if suspect is not None:
                 suspect.settled_at = now + SETTLE_S
             status = ReadStatus.DISCONNECTED if error.disconnected else ReadStatus.ERROR
@@ -274,7 +315,7 @@ class Engine:
                     return False
             except FabricError as error:
                 if error.disconnected:
-                    peer.state = "gone"
+                    self._gone(peer)
                 piece.settled_at = now + SETTLE_S
                 return False
         elif now < piece.settled_at:
@@ -338,6 +379,8 @@ class Engine:
                 peer.inline = peer.probes_inline >= PROBES_INLINE
                 if peer.inline or peer.probes_inline + PROBES_MAX - peer.probes < PROBES_INLINE:
                     peer.state = "ready"
+                    if peer.inline:
+                        self._on_inline(peer, True)
                     self._connecting.remove(peer)
                 else:
                     self._probe(peer, 65_536)
@@ -347,7 +390,7 @@ class Engine:
                 self._fabric.release(peer.probe)
                 peer.in_flight -= 1
                 peer.probe = None
-            peer.state = "gone"
+            self._gone(peer)
             self._answer(peer, str(error), now)
             return self._retire(peer, now)
         if peer.state == "ready":
@@ -369,7 +412,12 @@ class Engine:
         inline = peer is not None and peer.inline
         self.out.append((wire.PeerAdded(name, error[:1000], inline, took), request_id))
 
+    def _gone(self, peer: Peer) -> None:
+        peer.state = "gone"
+        self._on_inline(peer, False)
+
     def _retire(self, peer: Peer, now: float) -> None:
+        self._on_inline(peer, False)
         self._peers.pop(peer.name, None)
         if peer in self._connecting:
             self._connecting.remove(peer)

@@ -12,8 +12,9 @@ import logging
 import mmap
 import os
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 PACKAGES: Final = ("nixl_cu12", "nixl_cu13")
 """Never the meta package ``nixl``: it imports torch when neither is there."""
@@ -64,12 +65,25 @@ class Fabric(Protocol):
     def probe(self, peer: str, remote_address: int, length: int) -> object:
         """A transfer of ``length`` bytes (at most 64 KiB) into scratch memory that nobody uses."""
 
+    def adopt(self, handle: int) -> object:
+        """A transfer that native code has posted."""
+
+
+class NativeCalls(NamedTuple):
+    """What native code calls of NIXL (``native/inline_reads.hpp``): as directly as Python allows."""
+
+    descriptors: Callable[[Table], object]
+    create: Callable[[object, object, str], int]
+    post: Callable[[int], bool]
+    release: Callable[[int], object]
+
 
 class NixlFabric:
     """:class:`~.nixl_engine.Fabric` over a real NIXL agent with the UCX backend and no progress thread."""
 
     def __init__(self, module: ModuleType, name: str, base: int, arena_bytes: int) -> None:
-        bindings = importlib.import_module(f"{module.__name__}._bindings")
+        self._bindings = bindings = importlib.import_module(f"{module.__name__}._bindings")
+        self._handle: Any = importlib.import_module(f"{module.__name__}._api").nixl_xfer_handle
         # NIXL's errors have no common base class. The last two are its bindings': a number that is none of C's.
         own = [value for key, value in vars(bindings).items() if key.startswith("nixl") and key.endswith("Error")]
         self._errors = (*own, TypeError, ValueError)
@@ -86,8 +100,33 @@ class NixlFabric:
         try:
             return function(*args)
         except self._errors as error:
-            detail = f"{type(error).__name__}: {error}"
-            raise FabricError(detail, disconnected=isinstance(error, self._disconnects)) from error
+            raise self.error_of(error) from error
+
+    def error_of(self, error: Exception) -> FabricError:
+        """What one of NIXL's own exceptions means."""
+        return FabricError(f"{type(error).__name__}: {error}", disconnected=isinstance(error, self._disconnects))
+
+    def native_calls(self) -> NativeCalls:
+        """The calls that make up a read, without the layers of the Python API. They raise NIXL's own exceptions."""
+        api, bindings = self._agent, self._bindings
+        agent, read, dram, backends = api.agent, api.nixl_ops["READ"], api.nixl_mems["DRAM"], [api.backends["UCX"]]
+        done, flying = bindings.NIXL_SUCCESS, bindings.NIXL_IN_PROG
+
+        def post(handle: int) -> bool:
+            status = agent.postXferReq(handle, "")
+            if status not in (done, flying):
+                raise ValueError("NIXL reports an error without a reason")
+            return bool(status == done)
+
+        return NativeCalls(
+            partial(bindings.nixlXferDList, dram),
+            lambda local, remote, peer: agent.createXferReq(read, local, remote, peer, "", backends),
+            post,
+            agent.releaseXferReq,
+        )
+
+    def adopt(self, handle: int) -> object:
+        return self._handle(self._agent.agent, handle)
 
     def connect(self, metadata: bytes) -> str:
         name: bytes = self._call(self._agent.add_remote_agent, metadata)

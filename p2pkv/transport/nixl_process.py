@@ -36,6 +36,7 @@ from p2pkv.errors import (
 )
 from p2pkv.transport import nixl_wire as wire
 from p2pkv.transport.nixl_child import Child, spawn
+from p2pkv.transport.nixl_native import NativeReads
 from p2pkv.transport.nixl_quarantine import Quarantine
 from p2pkv.transport.nixl_wire import ReadStatus, Run
 from p2pkv.wire.peer import NixlEndpoint
@@ -122,6 +123,7 @@ class NixlProcess:
         node, epoch: of this agent; with the incarnation they make the NIXL agent name.
         on_ready: called with the endpoint of every new incarnation: what peers need in order to read from here.
         on_down: called with the reason when an incarnation has died; peers' connections are gone.
+        native: reads that native code asks for by itself; their parked bytes count towards the bounds of quarantine.
         on_quarantine, on_clear: see the module's docstring. Extents are (offset, length) in the arena, bytes.
 
     Callbacks run on the event loop and must not block or raise.
@@ -135,6 +137,7 @@ class NixlProcess:
         node: int,
         epoch: int,
         options: NixlOptions | None = None,
+        native: NativeReads | None = None,
         on_ready: Callable[[NixlEndpoint], None] | None = None,
         on_down: Callable[[str], None] | None = None,
         on_quarantine: Callable[[int, Sequence[tuple[int, int]]], None] | None = None,
@@ -145,6 +148,7 @@ class NixlProcess:
         self._node = node
         self._epoch = epoch
         self._options = options or NixlOptions()
+        self._native = native
         self._on_ready = on_ready
         self._on_down = on_down
         self._on_quarantine = on_quarantine
@@ -179,6 +183,8 @@ class NixlProcess:
             TransportUnavailable: NIXL is missing, UCX does not work here, or the child did not get ready in time.
         """
         self._loop = asyncio.get_running_loop()
+        if self._native is not None:
+            self._native.start(self._quarantine, self._check_quarantine, self._on_native_late)
         child = self._spawn()
         try:
             async with asyncio.timeout(self._options.start_s):
@@ -205,6 +211,8 @@ class NixlProcess:
             child.send(wire.Shutdown())
             await asyncio.wait((child.dead,), timeout=STOP_S)
             await self._bury(child, "the transport is stopping")
+        if self._native is not None and self._loop is not None:
+            self._native.stop()
         for timer in (self._ping, self._quarantine_timer, self._due_timer):
             if timer is not None:
                 timer.cancel()
@@ -282,7 +290,7 @@ class NixlProcess:
         child, loop = self._child, self._loop
         if child is None or loop is None or self.ready is None:
             return ReadOutcome(0, TransportUnavailable("the NIXL process is not running (it is being restarted)"))
-        read_id = next(self._ids) & 0xFFFFFFFF
+        read_id = next(self._ids) % wire.LANE_ID_MIN
         now = time.monotonic()
         piece_bytes = piece_bytes_for(sum(run.length for run in runs)) if on_progress is not None else 0
         child.send(wire.Read(peer, packed, piece_bytes, wire.monotonic_ns_after(now, deadline_s)), read_id)
@@ -358,6 +366,8 @@ class NixlProcess:
         log.info("NIXL process %d is ready: %s (%s %s)", child.process.pid, ready.name, ready.package, ready.version)
         if self._serve_until > time.monotonic():
             self._send_serve(self._serve_until)
+        if self._native is not None:
+            self._native.attach(child)
         if self._on_ready is not None:
             self._on_ready(self.ready)
 
@@ -394,13 +404,16 @@ class NixlProcess:
         if self._on_down is not None:
             self._on_down(reason)
         await child.reap()
+        if self._native is not None:
+            self._native.reaped()
         if self._child is child:
             self._child = None
         if self._ping is not None:
             self._ping.cancel()
             self._ping = None
         for read_id in self._quarantine.ids:
-            self._clear(read_id)
+            if read_id < wire.LANE_ID_MIN:  # the others' end is told by native code
+                self._clear(read_id)
 
     # messages
 
@@ -454,7 +467,7 @@ class NixlProcess:
             raise TransportUnavailable("the NIXL process is not running (it is being restarted)")
         if len(self._asked) >= ASKED_MAX:
             raise Busy("too many questions to the NIXL process are open", questions=len(self._asked))
-        request_id = next(self._ids) & 0xFFFFFFFF
+        request_id = next(self._ids) % wire.LANE_ID_MIN
         future: asyncio.Future[msgspec.Struct] = loop.create_future()
         self._asked[request_id] = future
         child.send(message, request_id)
@@ -485,11 +498,22 @@ class NixlProcess:
         overdue = [read_id for read_id, pending in self._pending.items() if pending.due <= now]
         for read_id in overdue:
             self._abandon(read_id, DeadlineExceeded("a NIXL read did not end in time"))
-        if overdue and self._ping is None and self._child is not None and self._loop is not None:
-            self._child.send(wire.Stats(), next(self._ids) & 0xFFFFFFFF)
-            self._ping = self._loop.call_later(self._options.hang_s, self._hung, self._child)
+        if overdue:
+            self._find_out_whether_it_lives()
         if self._pending:
             self._watch(min(pending.due for pending in self._pending.values()))
+
+    def _find_out_whether_it_lives(self) -> None:
+        if self._ping is None and self._child is not None and self._loop is not None:
+            self._child.send(wire.Stats(), next(self._ids) % wire.LANE_ID_MIN)
+            self._ping = self._loop.call_later(self._options.hang_s, self._hung, self._child)
+
+    def _on_native_late(self, broken: bool) -> None:
+        """A read of native code was not answered in time, or its socket has ended."""
+        if broken and self._child is not None and self.ready is not None:
+            self._child.give_up("its second socket ended")
+        elif not broken:
+            self._find_out_whether_it_lives()
 
     def _hung(self, child: Child) -> None:
         self._ping = None

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from operator import add
-from typing import Final
+from typing import Final, NamedTuple
 
 from p2pkv.transport import nixl_wire as wire
-from p2pkv.transport.nixl_fabric import Table
+from p2pkv.transport.nixl_fabric import FabricError, Table
 
 PIECE_BYTES_MIN: Final = 256 << 10
 PIECE_BYTES_MAX: Final = 8 << 20
@@ -114,6 +114,20 @@ class ReadOp:
         return local, remote, length
 
 
+    def skip(self, length: int) -> Table:
+        """Leave out the next so many bytes, because somebody else has posted them; returns their own extents."""
+        table: Table = []
+        while length > 0:
+            left = self.lengths[self.next_run] - self.next_offset
+            taken = min(left, length)
+            table.append((self.local[self.next_run] + self.next_offset, taken, 0))
+            length -= taken
+            self.next_offset += taken
+            if taken == left:
+                self.next_run, self.next_offset = self.next_run + 1, 0
+        return table
+
+
 class Quarantined:
     """What is left of a read that was answered before all of it had ended."""
 
@@ -123,6 +137,26 @@ class Quarantined:
         self.read_id = read_id
         self.peer = peer
         self.pieces = pieces
+
+
+class HandedOver(NamedTuple):
+    """A read that native code cannot go on with: its request, how many bytes have landed, and the piece that flies.
+
+    ``handle``: NIXL's, of the piece; None = nothing flies. ``error``: the piece, or the making of it, failed.
+    """
+
+    read_id: int
+    request: wire.Read
+    done_bytes: int
+    handle: int | None
+    flying_bytes: int
+    error: FabricError | None
+
+
+def runs_of(request: wire.Read) -> Runs:
+    """The runs of a request, unpacked."""
+    numbers = memoryview(request.runs).cast("Q").tolist()
+    return numbers[0::3], numbers[1::3], numbers[2::3]
 
 
 def problem_of(runs: Runs, arena_bytes: int, peer_bytes: int) -> str:

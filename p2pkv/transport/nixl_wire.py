@@ -1,4 +1,4 @@
-"""What an agent and its NIXL child say to each other over their socketpair. One struct per message.
+"""What an agent and its NIXL child say to each other over their socketpairs. One struct per message.
 
 The agent asks, the child answers with the frame's request id repeated. For a READ that id *is* the read: progress,
 the final answer and the end of its quarantine all carry it, and an agent never uses one twice.
@@ -9,6 +9,9 @@ the final answer and the end of its quarantine all carry it, and an agent never 
     REMOVE_PEER, SERVE, SHUTDOWN       (no answer)
     STATS                              STATS_REPLY
                                        READY once, before anything else; or FATAL instead of it
+
+There are two sockets to a child: the supervisor's, for all of this, and a second one on which native code asks for READs
+(``native/nixl_reads.hpp``). A read's id says which of the two it belongs to: see :data:`LANE_ID_MIN`.
 
 Deadlines are absolute: nanoseconds of CLOCK_MONOTONIC, which parent and child share, so that time spent in the socket
 counts. Runs travel packed, because a read may have thousands and both sides handle them as arrays.
@@ -32,6 +35,9 @@ from p2pkv.wire.frame import HEADER_BYTES, Codec, Frame, FrameDecoder, parse_hea
 RUN_BYTES: Final = 24
 RUNS_MAX: Final = 16_384
 """As many as one PIN may name blocks."""
+
+LANE_ID_MIN: Final = 1 << 31
+"""Ids of reads from here on are those of the second socket."""
 
 READ_BYTES_MAX: Final = 1 << 36
 METADATA_BYTES_MAX: Final = 65_536
@@ -204,7 +210,10 @@ class Read(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReadProgress(msgspec.Struct, frozen=True, array_like=True):
-    """The first ``done_bytes`` bytes of the read, counted along its runs, have landed and will not change any more."""
+    """The first ``done_bytes`` bytes of the read, counted along its runs, have landed and will not change any more.
+
+    On the second socket a field may follow: the checksums (xxh3_128, 16 bytes each) of the runs that are finished by that
+    and have not been told of. Where it is missing, nobody has taken them."""
 
     done_bytes: U63
 
@@ -212,7 +221,7 @@ class ReadProgress(msgspec.Struct, frozen=True, array_like=True):
 class ReadDone(msgspec.Struct, frozen=True, array_like=True):
     """The last word on a read, in time. ``open`` (:func:`pack_extents` of the own arena) is what may still be written
     by transfers that cannot be called off: not to be reused before QUARANTINE_CLEAR, or before the child is reaped.
-    ``inline``: no piece of it needed the owner's process (see PEER_ADDED)."""
+    ``inline``: no piece of it needed the owner's process (see PEER_ADDED). Checksums may follow as in READ_PROGRESS."""
 
     status: ReadStatus
     done_bytes: U63
@@ -274,9 +283,6 @@ CODEC: Final = Codec(
         NixlType.SHUTDOWN: Shutdown,
     }
 )
-
-CHILD_FD_LIMIT: Final = 1_024
-"""select() cannot watch higher descriptors; the child moves its socket below."""
 
 EXIT_PROTOCOL: Final = os.EX_PROTOCOL
 EXIT_FATAL: Final = os.EX_UNAVAILABLE

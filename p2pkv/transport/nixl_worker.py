@@ -1,9 +1,9 @@
-"""The NIXL child: ``python -m p2pkv.transport.nixl_worker --fd N --arena-fd M ...``, started by :mod:`.nixl_process`.
+"""The NIXL child: ``python -m p2pkv.transport.nixl_worker --fd N --lane-fd L --arena-fd M ...``, started by :mod:`.nixl_process`.
 
-It maps the arena that it inherits, registers it with NIXL once, and moves bytes when its agent says so over the one
-socket that it inherits. It sleeps on that socket while nothing flies; it spins, then naps, while something does. It has
+It maps the arena that it inherits, registers it with NIXL once, and moves bytes when its agent says so over the two
+sockets that it inherits. It sleeps on them while nothing flies; it spins, then naps, while something does. It has
 no thread of its own, never unmaps the arena, never deregisters it, opens no socket of its own (UCX opens some), never
-imports torch, and never outlives its agent: the kernel kills it with its parent, and it exits when the socket closes.
+imports torch, and never outlives its agent: the kernel kills it with its parent, and it exits when a socket closes.
 
 Crashing is allowed here: what it takes along is connections and transfers in flight, never a block.
 """
@@ -17,48 +17,51 @@ import importlib
 import logging
 import os
 import resource
-import select
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
+from p2pkv import _native
 from p2pkv.errors import P2PKVError, RemoteProtocolError
 from p2pkv.transport import nixl_wire as wire
 from p2pkv.transport.nixl_engine import Engine
 from p2pkv.transport.nixl_fabric import FabricError, NixlFabric, load_nixl, map_arena
+from p2pkv.transport.nixl_reads import HandedOver, Peer
 from p2pkv.wire.frame import Frame, FrameDecoder
 
 RECEIVE_BYTES: Final = 1 << 14
 OUT_BYTES_MAX: Final = 8 << 20
 """Answers that the agent has not taken. Their number is bounded by the reads it may have open; past this, it hangs."""
 
+LANE_PIECES: Final = 64
+"""Pieces that native code reads before the engine gets a turn: some 30 ms at most."""
+
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_TIMERSLACK: Final = 29
 
 
 class Link:
-    """The child's end of the socketpair: frames in, frames out, never blocking."""
+    """The child's end of the supervisor's socketpair: frames in, frames out, never blocking."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self.fd = sock.fileno()
         self._decoder = FrameDecoder(wire.BODY_BYTES_MAX)
         self._unsent = bytearray()
+        sock.setblocking(False)
 
-    def receive(self, seconds: float) -> list[Frame]:
-        """The frames that are here, or that come within that time (none also when the backlog can be sent).
-        The agent going away ends this process."""
-        if seconds > 0.0:
-            readable, _, _ = select.select([self._sock], [self._sock] if self._unsent else [], [], seconds)
-            if self._unsent:
-                self.flush()
-            if not readable:
-                return []
+    @property
+    def full(self) -> bool:
+        """Something could not be sent yet."""
+        return bool(self._unsent)
+
+    def receive(self) -> list[Frame]:
+        """The frames that are here. The agent going away ends this process."""
         try:
             data = self._sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -69,13 +72,21 @@ class Link:
             os._exit(wire.EXIT_ORPHAN)
         return wire.cut(self._decoder, data)
 
-    def send(self, engine: Engine) -> None:
-        """Send what the engine has to say. Behind a full socket progress is dropped, as later words repeat it."""
-        while engine.out:
-            message, request_id = engine.out.popleft()
-            if not (self._unsent and isinstance(message, wire.ReadProgress)):
-                self._unsent += wire.CODEC.encode(message, request_id)
-        self.flush()
+    def say(self, message: msgspec.Struct, request_id: int) -> None:
+        """Send a message. Behind a full socket progress is dropped, as later words repeat it."""
+        data = wire.CODEC.encode(message, request_id)
+        if not self._unsent:
+            try:
+                data = data[self._sock.send(data) :]
+            except BlockingIOError:
+                pass
+            except (BrokenPipeError, ConnectionResetError):
+                os._exit(wire.EXIT_ORPHAN)
+        elif isinstance(message, wire.ReadProgress):
+            return
+        self._unsent += data
+        if len(self._unsent) > OUT_BYTES_MAX:
+            fail(wire.EXIT_PROTOCOL, "the agent does not read its answers")
 
     def flush(self) -> None:
         """Send what the socket takes of the backlog."""
@@ -83,8 +94,7 @@ class Link:
             while self._unsent:
                 del self._unsent[: self._sock.send(self._unsent)]
         except BlockingIOError:
-            if len(self._unsent) > OUT_BYTES_MAX:
-                fail(wire.EXIT_PROTOCOL, "the agent does not read its answers")
+            pass
         except (BrokenPipeError, ConnectionResetError):
             os._exit(wire.EXIT_ORPHAN)
 
@@ -95,10 +105,11 @@ def fail(code: int, why: str) -> None:
     os._exit(code)
 
 
-def handle(engine: Engine, message: msgspec.Struct, request_id: int, now: float) -> None:
+def handle_frame(engine: Engine, frame: Frame, now: float) -> None:
     """Hand one command to the engine."""
+    message, request_id = wire.CODEC.decode(frame), frame.request_id
     match message:
-        case wire.Read():
+        case wire.Read() if request_id < wire.LANE_ID_MIN:
             engine.read(request_id, message, now)
         case wire.Cancel():
             engine.cancel(request_id, now)
@@ -113,20 +124,70 @@ def handle(engine: Engine, message: msgspec.Struct, request_id: int, now: float)
         case wire.Shutdown():
             os._exit(os.EX_OK)
         case _:
-            raise RemoteProtocolError("this message only travels from child to agent", type=type(message).__name__)
+            raise RemoteProtocolError("this message does not belong here", type=type(message).__name__)
 
 
-def run(link: Link, engine: Engine, idle_s: float) -> None:
+class Links:
+    """Both sockets, and who is to hear what.
+
+    The second one is native code's, at both ends (``native/inline_reads.hpp``): what it cannot do itself comes here.
+    """
+
+    def __init__(self, supervisor: socket.socket, lane: socket.socket, fabric: NixlFabric, base: int, size: int) -> None:
+        lane.setblocking(False)
+        self._supervisor = Link(supervisor)
+        self._lane_socket = lane
+        self._lane = _native.InlineReads(lane.fileno(), *fabric.native_calls(), base, size)
+        self._fabric = fabric
+
+    def on_inline(self, peer: Peer, inline: bool) -> None:
+        """A peer can be read by native code, or cannot any more."""
+        if inline:
+            self._lane.add_peer(peer.name, peer.base, peer.bytes)
+        else:
+            self._lane.remove_peer(peer.name)
+
+    def receive(self, engine: Engine, seconds: float) -> None:
+        """Hand the engine what is here, or comes within that time; meanwhile native code reads."""
+        supervisor = self._supervisor
+        pieces = LANE_PIECES if seconds > 0 else 1  # where the engine has reads of its own they take turns
+        try:
+            handed_over, ready = self._lane.serve(seconds, supervisor.fd, supervisor.full, pieces)
+        except RuntimeError as error:
+            if str(error) == "closed":
+                os._exit(wire.EXIT_ORPHAN)
+            raise RemoteProtocolError(str(error)) from error
+        now = time.monotonic()
+        for read_id, body, done_bytes, handle, flying_bytes, raised in handed_over:
+            request = wire.CODEC.decode(Frame(wire.NixlType.READ, read_id, 0, body))
+            assert isinstance(request, wire.Read)
+            fault = self._fabric.error_of(raised) if raised is not None else None
+            engine.go_on(HandedOver(read_id, request, done_bytes, handle, flying_bytes, fault), now)
+        if ready:
+            supervisor.flush()
+            for frame in supervisor.receive():
+                handle_frame(engine, frame, time.monotonic())
+
+    def send(self, engine: Engine) -> None:
+        """Say what the engine has to say."""
+        while engine.out:
+            message, request_id = engine.out.popleft()
+            if request_id >= wire.LANE_ID_MIN:
+                self._lane.send(wire.CODEC.encode(message, request_id))
+            else:
+                self._supervisor.say(message, request_id)
+
+
+def run(links: Links, engine: Engine, idle_s: float) -> None:
     """Serve until the agent goes away.
 
     The idle tick (10 per second, 20 us each) keeps UCX's own housekeeping alive, and lets a peer connect, slowly, whose
     SERVE did not reach us."""
     while True:
-        for frame in link.receive(engine.wait_s(time.monotonic(), idle_s)):
-            handle(engine, wire.CODEC.decode(frame), frame.request_id, time.monotonic())
+        links.receive(engine, engine.wait_s(time.monotonic(), idle_s))
         engine.step(time.monotonic())
         if engine.out:
-            link.send(engine)
+            links.send(engine)
 
 
 def bind_to_parent(parent_pid: int) -> None:
@@ -141,8 +202,12 @@ def bind_to_parent(parent_pid: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # a core would contain the arena
 
 
-def start(options: argparse.Namespace, engine_out: Callable[[msgspec.Struct], None]) -> Engine:
+def start(options: argparse.Namespace, supervisor: socket.socket, lane: socket.socket) -> tuple[Links, Engine]:
     """Everything that can fail on a host; what fails is reported to the agent, and the process ends."""
+
+    def say(message: msgspec.Struct) -> None:
+        supervisor.sendall(wire.CODEC.encode(message))
+
     code = wire.FatalCode.NO_NIXL
     try:
         module = load_nixl()
@@ -153,19 +218,20 @@ def start(options: argparse.Namespace, engine_out: Callable[[msgspec.Struct], No
         code = wire.FatalCode.NO_BACKEND
         fabric = NixlFabric(module, options.name, base, options.arena_bytes)
     except Exception as error:  # whatever a vendor's library throws: it is reported, with its type, and ends us
-        engine_out(wire.Fatal(code, f"{type(error).__name__}: {error}"[:1000]))
+        say(wire.Fatal(code, f"{type(error).__name__}: {error}"[:1000]))
         fail(wire.EXIT_FATAL, f"{code.name}: {error}")
         raise
     globals()["_arena"] = arena  # mapped for as long as the process lives: peers have its address
-    engine = Engine(fabric, base, options.arena_bytes)
-    engine_out(wire.Ready(options.name, fabric.metadata, base, options.arena_bytes, module.__name__, version))
-    return engine
+    say(wire.Ready(options.name, fabric.metadata, base, options.arena_bytes, module.__name__, version))
+    links = Links(supervisor, lane, fabric, base, options.arena_bytes)
+    return links, Engine(fabric, base, options.arena_bytes, on_inline=links.on_inline)
 
 
 def main() -> None:
     """Parse the command line of :class:`~.nixl_process.NixlProcess`, start, run."""
     parser = argparse.ArgumentParser(prog="nixl_worker")
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--lane-fd", type=int, required=True)
     parser.add_argument("--arena-fd", type=int, required=True)
     parser.add_argument("--arena-bytes", type=int, required=True)
     parser.add_argument("--name", required=True)
@@ -173,14 +239,12 @@ def main() -> None:
     parser.add_argument("--idle-ms", type=float, default=100.0)
     options = parser.parse_args()
     bind_to_parent(options.parent_pid)
-    sock = socket.socket(fileno=os.dup(options.fd) if options.fd >= wire.CHILD_FD_LIMIT else options.fd)
-    sock.setblocking(True)
-    engine = start(options, lambda message: sock.sendall(wire.CODEC.encode(message)))
-    sock.setblocking(False)
+    sock, lane = socket.socket(fileno=options.fd), socket.socket(fileno=options.lane_fd)
+    links, engine = start(options, sock, lane)
     gc.collect()
     gc.freeze()
     try:
-        run(Link(sock), engine, options.idle_ms / 1e3)
+        run(links, engine, options.idle_ms / 1e3)
     except P2PKVError as error:
         fail(wire.EXIT_PROTOCOL, str(error))
     except FabricError as error:

@@ -86,6 +86,7 @@ class TcpTransport:
         self.pool = _native.Pool(idle_connections, stall_s)
         """Idle data connections."""
         self._dialing: set[asyncio.Timeout] = set()
+        self._preparing: set[int] = set()
         self._stopped = False
 
     async def start(self) -> None:
@@ -207,6 +208,20 @@ class TcpTransport:
                 self._give_back(node, sock)
             else:
                 sock.close()
+
+    async def prepare(self, node: int) -> None:
+        """Have an idle data connection to a node, if one can be had: for native code, which does not dial."""
+        if self._stopped or self.pool.idle_at(node) or node in self._preparing:
+            return
+        self._preparing.add(node)
+        try:
+            sock = await self._dial(node, self._stall_s)
+        except (P2PKVError, OSError, TimeoutError) as error:
+            log.debug("no data connection to %016x: %s", node, error)
+        else:
+            self._give_back(node, sock)
+        finally:
+            self._preparing.discard(node)
 
     def _idle_connection(self, node: int) -> socket.socket | None:
         fd = self.pool.take(node)

@@ -1,0 +1,118 @@
+// One-sided reads for the engines' short way: the agent's own end of a second socket to its NIXL process.
+//
+// The NIXL process (p2pkv/transport/nixl_worker.py) takes READ here, and answers READ_PROGRESS, READ_DONE and
+// QUARANTINE_CLEAR, as it does on the socket that Python has; ids from kFirstId on are this one's. A thread of its own
+// tells whoever submitted the read what has landed, in the words of IoEvent. Where the process has not taken checksums
+// (inline_reads.hpp does), it takes them, while the rest flies.
+//
+// Python starts and supervises the process and connects it to peers; it says here which peers can be read (`set_peer`),
+// which process there is (`attach`), and when a process that died has been reaped (`detach`): only then can nothing that
+// it had begun land any more. Reads end by their deadline whatever the process does. What may still be written after that
+// is named by the read's token until it is clear; Python is told of it too, because it bounds how much that may be.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "completions.hpp"
+#include "store.hpp"
+#include "transfer.hpp"
+
+namespace p2pkv {
+
+// One READ. Blocks are landed and proven in their order.
+struct NixlRead {
+    uint64_t node = 0;
+    PinAnswer from;                        // where they are, and what; those that are not there are skipped
+    std::vector<uint64_t> offsets;         // where they go in our arena
+    std::vector<uint32_t> lengths;
+    double deadline = 0;                   // CLOCK_MONOTONIC, seconds
+    std::function<void(IoEvent)> on_event;  // on the thread of NixlReads, or of who calls submit
+};
+
+// For Python. hold: bytes of a read that has ended may still be written. clear: not any more. late: a read had to be ended
+// here, the process may hang. lost: the connection to a peer (`id` is the node). broken: the socket has ended, by itself
+// or because of what came: the process is of no use here any more.
+struct NixlReadsEvent {
+    enum class Kind : int { hold = 0, clear = 1, late = 2, lost = 3, broken = 4 };
+    Kind kind;
+    uint64_t id;
+    uint64_t bytes = 0;
+};
+
+class NixlReads {
+  public:
+    static constexpr uint32_t kFirstId = uint32_t{1} << 31;  // FAST_ID_MIN of p2pkv/transport/nixl_wire.py
+
+    // `partial_bytes`: finished blocks are told each time so many bytes have come.
+    NixlReads(store::Store& store, uintptr_t arena, uint64_t partial_bytes);
+    ~NixlReads();
+    NixlReads(const NixlReads&) = delete;
+    NixlReads& operator=(const NixlReads&) = delete;
+
+    // ---- for Python
+    int fd() const { return events_.fd(); }
+    std::vector<NixlReadsEvent> drain() { return events_.drain(); }
+    void attach(int fd);  // takes a connected, non-blocking socket over
+    void detach();        // the process has been reaped: reads fail, and what was held is clear
+    void set_peer(uint64_t node, std::string endpoint);
+    void drop_peer(uint64_t node);
+    void stop();
+
+    // ---- for the lane
+    bool reads_from(uint64_t node) const;
+    // False: it cannot be begun now (the process is not there, or is not connected to that endpoint); nothing happened.
+    bool submit(NixlRead read);
+
+    std::atomic<uint64_t> reads{0}, bytes_read{0};
+
+  private:
+    struct Active;
+    using ActiveRef = std::shared_ptr<Active>;
+
+    void run();
+    void adopt();
+    void receive();
+    bool on_frame(unsigned char type, uint32_t id, std::string_view body);
+    bool on_done(uint32_t id, std::string_view body);
+    void land(Active& read, uint64_t done_bytes, bool checksummed, std::string_view digests);
+    void tell_ahead(Active& read, uint64_t done_bytes);
+    void finish(const ActiveRef& read, Code code, bool open, const char* why);
+    void end_late(double now);
+    void close_socket(const char* why);
+    void clear(uint32_t id);
+    void clear_all();
+    ActiveRef take(uint32_t id);
+    double next_deadline() const;
+    void wake();
+
+    store::Store& store_;
+    const uintptr_t arena_;
+    const uint64_t partial_bytes_;
+    const int epoll_;
+    const int wake_fd_;
+
+    mutable std::mutex mutex_;  // guards what follows, and sending
+    int socket_ = -1;
+    int offered_ = -1;          // attach()ed, and not yet taken up by the thread
+    bool reaped_ = false;       // detach()ed, likewise
+    bool stopping_ = false;
+    std::unordered_map<uint64_t, std::string> peers_;
+    std::map<uint32_t, ActiveRef> active_;
+    uint32_t next_id_ = kFirstId;
+
+    // The thread's own.
+    std::unordered_map<uint32_t, uint64_t> held_;  // ended reads that may still write -> bytes
+    std::string in_;
+    Completions<NixlReadsEvent> events_;
+    std::thread thread_;
+};
+
+}  // namespace p2pkv

@@ -1,0 +1,81 @@
+"""Reads that native code asks the NIXL process for by itself, as far as the process's supervisor has to know of them.
+
+The native half is ``native/nixl_reads.hpp``: it has a socket of its own to the process, and slots that late bytes may
+still reach stay parked there until it says otherwise. Here: which process there is, which peers can be read, how much is
+parked (the supervisor bounds that), and signs that the process hangs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections.abc import Callable
+
+from p2pkv import _native
+from p2pkv.transport.nixl_child import Child
+from p2pkv.transport.nixl_quarantine import Quarantine
+
+
+class _Kind(enum.IntEnum):
+    """As in ``native/nixl_reads.hpp``."""
+
+    HOLD = 0
+    CLEAR = 1
+    LATE = 2
+    LOST = 3
+    BROKEN = 4
+
+
+class NativeReads:
+    """See the module's docstring. Lives on the event loop.
+
+    Args:
+        native: its other half; stopped by the lane that uses it.
+        on_lost: a peer (its node id) cannot be read any more over the connection that there was.
+    """
+
+    def __init__(self, native: _native.NixlReads, on_lost: Callable[[int], None]) -> None:
+        self.native = native
+        self._on_lost = on_lost
+        self._quarantine: Quarantine | None = None
+        self._on_hold: Callable[[], None] = lambda: None
+        self._on_late: Callable[[bool], None] = lambda broken: None
+
+    def start(self, quarantine: Quarantine, on_hold: Callable[[], None], on_late: Callable[[bool], None]) -> None:
+        """Attach to the running loop.
+
+        Args:
+            quarantine: where parked bytes are counted, beside those of other reads.
+            on_hold: called when there is more in it.
+            on_late: called with False when the process did not answer in time, and with True when its socket has ended.
+        """
+        self._quarantine = quarantine
+        self._on_hold = on_hold
+        self._on_late = on_late
+        asyncio.get_running_loop().add_reader(self.native.fd, self._on_events)
+
+    def stop(self) -> None:
+        """Listen no longer."""
+        asyncio.get_running_loop().remove_reader(self.native.fd)
+
+    def attach(self, child: Child) -> None:
+        """A process is ready: reads go there from now on."""
+        self.native.attach(child.lane.detach())
+
+    def reaped(self) -> None:
+        """The process is gone: nothing that it had begun can land any more."""
+        self.native.detach()
+
+    def _on_events(self) -> None:
+        assert self._quarantine is not None
+        for kind, id_, size in self.native.drain():
+            if kind == _Kind.HOLD:
+                self._quarantine.hold(id_, [(0, size)], time.monotonic())
+                self._on_hold()
+            elif kind == _Kind.CLEAR:
+                self._quarantine.clear(id_)
+            elif kind == _Kind.LOST:
+                self._on_lost(id_)
+            else:
+                self._on_late(kind == _Kind.BROKEN)
