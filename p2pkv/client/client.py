@@ -19,8 +19,8 @@ from p2pkv.client.cache import Cache, Region
 from p2pkv.client.channel import OnAnswer
 from p2pkv.client.connection import Connection
 from p2pkv.client.jobs import JobKind, JobResult, Jobs
-from p2pkv.config import default_socket_path
 from p2pkv.errors import AgentUnavailable, InvalidArgument, P2PKVError
+from p2pkv.paths import default_socket_path
 from p2pkv.types import Layout
 from p2pkv.wire.engine import Open, Opened
 
