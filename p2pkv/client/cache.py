@@ -30,11 +30,11 @@ from p2pkv.wire.engine import (
     MatchKeys,
     Ok,
     ReleaseLease,
-    Source,
     Store,
     UnmapRegion,
 )
-from p2pkv.wire.fields import KEYS_MAX
+from p2pkv.wire.engine_types import Source
+from p2pkv.wire.limits import KEYS_MAX
 
 if TYPE_CHECKING:
     from p2pkv.client.client import AgentClient

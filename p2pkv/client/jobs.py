@@ -9,7 +9,8 @@ from typing import Final, Literal, NamedTuple
 
 from p2pkv.errors import P2PKVError
 from p2pkv.types import Status
-from p2pkv.wire.engine import Done, EngineError, Matched, Source
+from p2pkv.wire.engine import Done, EngineError, Matched
+from p2pkv.wire.engine_types import Source
 
 JobKind = Literal["match", "store", "load"]
 FINISHED_MAX: Final = 65_536
