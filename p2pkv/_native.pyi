@@ -1,6 +1,7 @@
 """Stub of the C++ extension (sources in ``p2pkv/native``). Lengths are in bytes; digests are 16 bytes each."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from typing_extensions import Buffer
 
@@ -24,6 +25,43 @@ def run_now(work: int, items: Sequence[tuple[int, int, int]], deadline_s: float 
 
     Nothing is written once ``deadline_s`` from now has passed (looked at every 256 KiB); negative = no deadline.
     """
+
+def pack(value: object) -> bytes:
+    """MessagePack of None, booleans, integers of 64 bits, floats, text, byte strings, lists, tuples and dicts.
+
+    Raises:
+        TypeError: something else. OverflowError: a larger integer. ValueError: nested deeper than 16.
+    """
+
+class Shape:
+    """What a MessagePack value must be, and what is made of it. Immutable; made once for all values of its kind.
+
+    Integers are taken in their unsigned forms only; arrays become tuples. Nothing is allocated by what an input claims.
+    """
+
+    @staticmethod
+    def uint(most: int) -> Shape: ...
+    @staticmethod
+    def boolean() -> Shape: ...
+    @staticmethod
+    def text(chars_max: int) -> Shape: ...
+    @staticmethod
+    def binary(bytes_max: int) -> Shape: ...
+    @staticmethod
+    def array(items: Shape, items_max: int) -> Shape: ...
+    @staticmethod
+    def record(type: type[tuple[Any, ...]], fields: Sequence[Shape], defaults: tuple[object, ...] = ()) -> Shape:
+        """An array of one value per field, as a ``type``: a tuple, or a NamedTuple.
+
+        More values at the end are skipped; the last ones may be missing where there are defaults for them.
+        """
+
+    def unpack(self, data: bytes) -> Any:
+        """Read one value.
+
+        Raises:
+            ValueError: ``data`` is malformed, or not of this shape, or goes on behind the value.
+        """
 
 class Hasher:
     """xxh3_128 taken piece by piece from the arena's memory, without the GIL. Not thread-safe."""

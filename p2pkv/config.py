@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from p2pkv.errors import ConfigError
+from p2pkv.paths import default_socket_path
 
 ENV_PREFIX: Final = "P2PKV_"
 ENV_RESERVED: Final = frozenset(
@@ -27,27 +28,6 @@ _UNITS: Final = {"": 1, "b": 1} | {
     for power, unit in enumerate("kmgt", start=1)
     for suffix, base in (("", 1024), ("ib", 1024), ("i", 1024), ("b", 1000))
 }
-
-
-def default_socket_path() -> str:
-    """Where an agent listens for engines by default: ``P2PKV_SOCKET``, else a per-user run-time directory."""
-    if path := os.environ.get("P2PKV_SOCKET"):
-        return path
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return f"{runtime}/p2pkv/agent.sock"
-    if os.geteuid() == 0:
-        return "/run/p2pkv/agent.sock"
-    temporary = os.environ.get("TMPDIR", "/tmp")
-    return f"{temporary}/p2pkv-{os.geteuid()}/agent.sock"
-
-
-def default_state_dir() -> str:
-    """Where an agent keeps its identity (node id and epoch) unless told otherwise."""
-    if state := os.environ.get("XDG_STATE_HOME"):
-        return f"{state}/p2pkv"
-    if os.geteuid() == 0:
-        return "/var/lib/p2pkv"
-    return os.path.expanduser("~/.local/state/p2pkv")
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

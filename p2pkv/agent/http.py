@@ -204,7 +204,7 @@ def _blocks(agent: Agent, namespace: int | None, limit: int) -> dict[str, Any]:
             found.append(
                 {
                     "namespace": f"{layout.namespace:016x}",
-                    "layout": {name: getattr(layout, name) for name in layout.__struct_fields__},
+                    "layout": layout.asdict(),
                     "count": agent.store.count(layout.namespace),
                     "hashes": [key.hex() for key in keys],
                 }

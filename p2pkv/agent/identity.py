@@ -16,8 +16,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from p2pkv.config import default_state_dir
 from p2pkv.errors import ConfigError
+from p2pkv.paths import default_state_dir
 from p2pkv.types import NodeId
 
 

@@ -27,8 +27,10 @@ from p2pkv.store.dram import DramStore
 from p2pkv.transport.base import Held, HeldBlock
 from p2pkv.transport.fetch import Fetcher, PullCounts
 from p2pkv.transport.movers import Code, Movers, Work
-from p2pkv.types import Extent, Layout, Status, Tier, index_key, namespace_salt
-from p2pkv.wire.engine import Done, Matched, NodeMatch, Source
+from p2pkv.types import Layout, Status, Tier, index_key, namespace_salt
+from p2pkv.wire.engine import Done, Matched, NodeMatch
+from p2pkv.wire.engine_types import Source
+from p2pkv.wire.fields import Extent
 
 log = logging.getLogger(__name__)
 

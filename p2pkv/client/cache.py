@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from p2pkv import _native
 from p2pkv.client.channel import Stream
 from p2pkv.client.connection import Connection
-from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument, P2PKVError, Unavailable
-from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
-from p2pkv.wire.engine import (
+from p2pkv.client.messages import (
     Ahead,
     Done,
     Get,
@@ -30,11 +28,13 @@ from p2pkv.wire.engine import (
     MatchKeys,
     Ok,
     ReleaseLease,
-    Source,
     Store,
     UnmapRegion,
 )
-from p2pkv.wire.fields import KEYS_MAX
+from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument, P2PKVError, Unavailable
+from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
+from p2pkv.wire.engine_types import Source
+from p2pkv.wire.limits import KEYS_MAX
 
 if TYPE_CHECKING:
     from p2pkv.client.client import AgentClient
@@ -179,11 +179,11 @@ class Cache:
         for i, index in enumerate(part.indices):
             status = Status(part.statuses[i])
             if status is Status.OK:
-                extent = part.extents[i]
-                offset, done = ahead.get(index, (0, 0))
-                if offset != extent.offset:
+                offset, length = part.extents[i]
+                told, done = ahead.get(index, (0, 0))
+                if told != offset:
                     done = 0
-                source = connection.arena[extent.offset + done : extent.offset + extent.length]
+                source = connection.arena[offset + done : offset + length]
                 if not _native.copy(views[index][done:], source):
                     status = Status.LOST
             statuses[index] = status

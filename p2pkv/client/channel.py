@@ -17,10 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import msgspec
-
+from p2pkv.client.messages import Answer, EngineError, Got, ReleaseLease, Request, decode, encode
 from p2pkv.errors import AgentUnavailable, Busy, DeadlineExceeded, P2PKVError, RemoteProtocolError
-from p2pkv.wire.engine import CODEC, EngineError, Got, ReleaseLease
 from p2pkv.wire.frame import FrameDecoder
 
 RECV_BYTES: Final = 16 << 10
@@ -28,8 +26,8 @@ RECV_BYTES: Final = 16 << 10
 IN_FLIGHT_MAX: Final = 256
 """Unanswered requests; the agent's own default bound is the same."""
 
-Message = msgspec.Struct
-OnAnswer = Callable[[Message], None]
+OnAnswer = Callable[[Answer | P2PKVError], None]
+"""Called once: with the answer, or with why there will be none."""
 
 
 class Inbox:
@@ -38,7 +36,7 @@ class Inbox:
     __slots__ = ("messages",)
 
     def __init__(self) -> None:
-        self.messages: deque[Message] = deque()
+        self.messages: deque[Answer] = deque()
 
 
 class Channel:
@@ -66,7 +64,7 @@ class Channel:
 
     # --- asking ---
 
-    def request(self, message: Message, *, deadline: float, fds: tuple[int, ...] = ()) -> Message:
+    def request(self, message: Request, *, deadline: float, fds: tuple[int, ...] = ()) -> Answer:
         """Send one request and wait for its one answer.
 
         Raises:
@@ -77,7 +75,7 @@ class Channel:
         with Stream(self, message, deadline=deadline, fds=fds) as stream:
             return stream.next()
 
-    def submit(self, message: Message, on_answer: OnAnswer) -> int:
+    def submit(self, message: Request, on_answer: OnAnswer) -> int:
         """Send one request without waiting; ``on_answer`` is called by whoever reads the answer (:meth:`pump`).
 
         Raises:
@@ -88,17 +86,17 @@ class Channel:
             request_id = self._new_id()
             self._callbacks[request_id] = on_answer
         try:
-            self._send(CODEC.encode(message, request_id), (), deadline=0.0)
+            self._send(encode(message, request_id), (), deadline=0.0)
         except BaseException:
             with self._lock:
                 self._callbacks.pop(request_id, None)
             raise
         return request_id
 
-    def notify(self, message: Message) -> None:
+    def notify(self, message: Request) -> None:
         """Send a message that has no answer, if that is possible right now; never raises, never waits long."""
         try:
-            self._send(CODEC.encode(message), (), deadline=time.monotonic() + 0.05)
+            self._send(encode(message), (), deadline=time.monotonic() + 0.05)
         except P2PKVError:
             pass  # a lease that is not given back expires by itself
 
@@ -197,8 +195,8 @@ class Channel:
             pass
         except (OSError, ValueError) as error:
             data, reason = b"", str(error)
-        answered: list[tuple[OnAnswer, Message]] = []
-        unwanted: list[Message] = []
+        answered: list[tuple[OnAnswer, Answer]] = []
+        unwanted: list[Answer] = []
         with self._lock:
             self._reading = False
             if data == b"":
@@ -210,16 +208,16 @@ class Channel:
             on_answer(message)
         self.discard(unwanted)
 
-    def discard(self, messages: Iterable[Message]) -> None:
+    def discard(self, messages: Iterable[Answer]) -> None:
         """Answers that nobody waits for any more: blocks that they hold are given back."""
         for message in messages:
             if isinstance(message, Got) and message.lease:
                 self.notify(ReleaseLease(message.lease))
 
-    def _dispatch(self, data: bytes, answered: list[tuple[OnAnswer, Message]], unwanted: list[Message]) -> None:
+    def _dispatch(self, data: bytes, answered: list[tuple[OnAnswer, Answer]], unwanted: list[Answer]) -> None:
         try:
             for frame in self._decoder.feed(data):
-                message = CODEC.decode(frame)
+                message = decode(frame)
                 if (inbox := self._inboxes.get(frame.request_id)) is not None:
                     inbox.messages.append(message)
                 elif (on_answer := self._callbacks.pop(frame.request_id, None)) is not None:
@@ -233,14 +231,14 @@ class Channel:
 class Stream:
     """A blocking request whose answer may come in several parts. Use as a context manager."""
 
-    def __init__(self, channel: Channel, message: Message, *, deadline: float, fds: tuple[int, ...] = ()) -> None:
+    def __init__(self, channel: Channel, message: Request, *, deadline: float, fds: tuple[int, ...] = ()) -> None:
         self._channel = channel
         self._deadline = deadline
         with channel._lock:
             self._id = channel._new_id()
             self._inbox = channel._inboxes[self._id] = Inbox()
         try:
-            channel._send(CODEC.encode(message, self._id), fds, deadline=deadline)
+            channel._send(encode(message, self._id), fds, deadline=deadline)
         except BaseException:
             self.__exit__()
             raise
@@ -253,7 +251,7 @@ class Stream:
             self._channel._inboxes.pop(self._id, None)
         self._channel.discard(self._inbox.messages)
 
-    def next(self) -> Message:
+    def next(self) -> Answer:
         """Wait for the next part; raises as :meth:`Connection.request` does."""
         channel = self._channel
         while True:
@@ -281,7 +279,7 @@ def to_error(error: EngineError) -> P2PKVError:
     from p2pkv.errors import InvalidArgument, LayoutMismatch
 
     if error.code == "layout":
-        return LayoutMismatch(error.message, fields=tuple(error.fields))
+        return LayoutMismatch(error.message, fields=error.fields)
     if error.code == "invalid":
         return InvalidArgument(error.message)
     if error.code in ("busy", "draining"):

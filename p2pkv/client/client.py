@@ -16,13 +16,12 @@ import time
 from typing import Final
 
 from p2pkv.client.cache import Cache, Region
-from p2pkv.client.channel import OnAnswer
 from p2pkv.client.connection import Connection
 from p2pkv.client.jobs import JobKind, JobResult, Jobs
-from p2pkv.config import default_socket_path
+from p2pkv.client.messages import Answer, Open, Opened, Request
 from p2pkv.errors import AgentUnavailable, InvalidArgument, P2PKVError
+from p2pkv.paths import default_socket_path
 from p2pkv.types import Layout
-from p2pkv.wire.engine import Open, Opened
 
 CONNECT_MS: Final = 2_000
 BACKOFF_S: Final = (0.05, 2.0)
@@ -71,7 +70,7 @@ class AgentClient:
         if problems := layout.problems():
             raise InvalidArgument("the layout is impossible: " + "; ".join(problems))
         deadline = time.monotonic() + deadline_ms / 1000
-        answer = self.connection(deadline).request(Open(layout), deadline=deadline)
+        answer = self.connection(deadline).request(Open(layout.asdict()), deadline=deadline)
         if not isinstance(answer, Opened):
             raise P2PKVError("unexpected answer to OPEN", got=type(answer).__name__)
         with self._lock:
@@ -148,12 +147,12 @@ class AgentClient:
                 self._connecting.start()
         raise AgentUnavailable("not connected to the agent", socket=self._path)
 
-    def submit(self, message: object, kind: JobKind, keys: int, deadline_ms: int) -> int:
+    def submit(self, message: Request, kind: JobKind, keys: int, deadline_ms: int) -> int:
         """Send a job's request; the result comes out of :meth:`poll`."""
         connection = self.connection_now()
         job_id = self._jobs.begin()
 
-        def on_answer(answer: object) -> None:
+        def on_answer(answer: Answer | P2PKVError) -> None:
             self._job_deadlines.pop(job_id, None)
             self._loads.discard(job_id)
             self._jobs.finish(job_id, kind, keys, answer)
@@ -163,7 +162,7 @@ class AgentClient:
         if kind == "load":
             self._loads.add(job_id)
         try:
-            connection.submit(message, on_answer)  # type: ignore[arg-type]
+            connection.submit(message, on_answer)
         except BaseException:
             self._job_deadlines.pop(job_id, None)
             self._loads.discard(job_id)
@@ -205,7 +204,7 @@ class AgentClient:
         try:
             connection = Connection(self._path, name=self._name, deadline=deadline)
             for cache in self._caches.values():
-                connection.request(Open(cache.layout), deadline=deadline)
+                connection.request(Open(cache.layout.asdict()), deadline=deadline)
             for region in self._regions.values():
                 try:
                     region.announce(connection, deadline)
@@ -227,6 +226,5 @@ class AgentClient:
             connection.close("a job was not answered long after its deadline")
 
     def _collect_lost(self, connection: Connection) -> None:
-        lost: list[OnAnswer] = connection.take_lost()
-        for on_answer in lost:
-            on_answer(connection.broken or AgentUnavailable("gone"))  # type: ignore[arg-type]
+        for on_answer in connection.take_lost():
+            on_answer(connection.broken or AgentUnavailable("gone"))

@@ -12,8 +12,8 @@ import socket
 import time
 
 from p2pkv.client.channel import Channel
+from p2pkv.client.messages import Attach, EngineError, Ready, decode, encode
 from p2pkv.errors import AgentUnavailable, RemoteProtocolError
-from p2pkv.wire.engine import CODEC, Attach, EngineError, Ready
 from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, FrameDecoder
 
 
@@ -54,7 +54,7 @@ def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tu
     descriptors: list[int] = []
     try:
         sock.connect(path)
-        sock.sendall(CODEC.encode(Attach(PROTOCOL_MIN, PROTOCOL_MAX, name, os.getpid()), 1))
+        sock.sendall(encode(Attach(PROTOCOL_MIN, PROTOCOL_MAX, name, os.getpid()), 1))
         decoder = FrameDecoder()
         while True:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -63,7 +63,7 @@ def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tu
             if not data:
                 raise AgentUnavailable("the agent closed the connection at once", socket=path)
             for frame in decoder.feed(data):
-                answer = CODEC.decode(frame)
+                answer = decode(frame)
                 if isinstance(answer, Ready) and 1 <= len(descriptors) <= 2:
                     given, descriptors = descriptors, []
                     return answer, given

@@ -7,9 +7,10 @@ import threading
 from collections import deque
 from typing import Final, Literal, NamedTuple
 
+from p2pkv.client.messages import Answer, Done, EngineError, Matched
 from p2pkv.errors import P2PKVError
 from p2pkv.types import Status
-from p2pkv.wire.engine import Done, EngineError, Matched, Source
+from p2pkv.wire.engine_types import Source
 
 JobKind = Literal["match", "store", "load"]
 FINISHED_MAX: Final = 65_536
@@ -61,7 +62,7 @@ class Jobs:
         with self._lock:
             self.running -= 1
 
-    def finish(self, job_id: int, kind: JobKind, keys: int, answer: object) -> None:
+    def finish(self, job_id: int, kind: JobKind, keys: int, answer: Answer | P2PKVError) -> None:
         """Turn an answer (or what came instead) into a result."""
         if isinstance(answer, Matched):
             ok = [source != Source.NONE for source in answer.present]

@@ -27,7 +27,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import (
@@ -274,7 +273,7 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
             self._resets += 1
             self._session.restart(
                 {
-                    group: msgspec.structs.replace(layout, revision=f"{layout.revision}+reset{self._resets}")
+                    group: layout.replace(revision=f"{layout.revision}+reset{self._resets}")
                     for group, layout in self._layouts.items()
                 }
             )

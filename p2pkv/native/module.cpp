@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "buffer.hpp"
 #include "io_engine.hpp"
 #include "workers.hpp"
 
@@ -22,23 +23,9 @@ void bind_store(nb::module_& m);
 void bind_server(nb::module_& m);
 void bind_lane(nb::module_& m);
 void bind_inline(nb::module_& m);
+void bind_msgpack(nb::module_& m);
 
 namespace {
-
-class Buffer {
-  public:
-    Buffer(nb::handle object, bool writable) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_CONTIG : PyBUF_CONTIG_RO) != 0) throw nb::python_error();
-    }
-    ~Buffer() { PyBuffer_Release(&view_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    void* data() const { return view_.buf; }
-    size_t size() const { return static_cast<size_t>(view_.len); }
-
-  private:
-    Py_buffer view_{};
-};
 
 nb::bytes to_bytes(const Digest& digest) { return nb::bytes(digest.data(), digest.size()); }
 
@@ -184,6 +171,7 @@ NB_MODULE(_native, m) {
     bind_server(m);
     bind_lane(m);
     bind_inline(m);
+    bind_msgpack(m);
 
     nb::class_<Hasher>(m, "Hasher")
         .def(nb::init<>())

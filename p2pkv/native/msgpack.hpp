@@ -1,7 +1,8 @@
-// The few kinds of msgpack that the messages of the fast paths are made of: unsigned integers, byte strings, arrays,
-// booleans. A reader that never reads behind its end and never allocates by what the input claims; a writer that writes
-// the shortest form, as msgspec does.
+// MessagePack without an object in between. A reader of the few kinds that messages are made of (unsigned integers, byte
+// strings, text, arrays, booleans), which never reads behind its end and never allocates by what the input claims; a
+// writer of the shortest form, as msgspec does.
 #pragma once
+#include <bit>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -33,35 +34,21 @@ class Reader {
         uint64_t length;
         if (!byte(&tag)) return false;
         if (tag < 0xc4 || tag > 0xc6) return spoil();
-        if (!big_endian(size_t{1} << (tag - 0xc4), &length)) return false;
-        if (length > data_.size() - at_) return spoil();
-        *bytes = data_.substr(at_, length);
-        at_ += length;
-        return true;
+        return big_endian(size_t{1} << (tag - 0xc4), &length) && take(length, bytes);
+    }
+    bool str(std::string_view* text) {
+        unsigned char tag;
+        uint64_t length;
+        if (!byte(&tag)) return false;
+        if ((tag & 0xe0) == 0xa0) return take(tag & 0x1f, text);
+        if (tag < 0xd9 || tag > 0xdb) return spoil();
+        return big_endian(size_t{1} << (tag - 0xd9), &length) && take(length, text);
     }
     bool boolean(bool* value) {
         unsigned char tag;
         if (!byte(&tag)) return false;
         if (tag != 0xc2 && tag != 0xc3) return spoil();
-        *value = tag == 0xc3;
-        return true;
-    }
-    // Text is not looked into: whoever needs it to be UTF-8 checks that.
-    bool str(std::string_view* text) {
-        unsigned char tag;
-        uint64_t length;
-        if (!byte(&tag)) return false;
-        if ((tag & 0xe0) == 0xa0) {
-            length = tag & 0x1f;
-        } else if (tag < 0xd9 || tag > 0xdb) {
-            return spoil();
-        } else if (!big_endian(size_t{1} << (tag - 0xd9), &length)) {
-            return false;
-        }
-        if (length > data_.size() - at_) return spoil();
-        *text = data_.substr(at_, length);
-        at_ += length;
-        return true;
+        return *value = tag == 0xc3, true;
     }
     // Whatever comes next: fields that a later version has added. Nesting deeper than `depth` spoils the reader.
     bool skip(uint64_t items, int depth = 8) {
@@ -70,8 +57,16 @@ class Reader {
         return true;
     }
     bool at_end() const { return good_ && at_ == data_.size(); }
+    // Bytes not read yet: no more items than this can follow, whatever a count says.
+    size_t left() const { return data_.size() - at_; }
 
   private:
+    bool take(uint64_t length, std::string_view* bytes) {
+        if (length > data_.size() - at_) return spoil();
+        *bytes = data_.substr(at_, length);
+        at_ += length;
+        return true;
+    }
     bool advance(uint64_t bytes) {
         if (bytes > data_.size() - at_) return spoil();
         at_ += bytes;
@@ -140,6 +135,22 @@ class Writer {
         if (value < 0x100000000) return put(0xce), big_endian(4, value);
         put(0xcf), big_endian(8, value);
     }
+    void sint(int64_t value) {
+        const auto bits = static_cast<uint64_t>(value);
+        if (value >= 0) return uint(bits);
+        if (value >= -0x20) return put(static_cast<unsigned char>(bits));
+        if (value >= -0x80) return put(0xd0), big_endian(1, bits);
+        if (value >= -0x8000) return put(0xd1), big_endian(2, bits);
+        if (value >= -0x80000000LL) return put(0xd2), big_endian(4, bits);
+        put(0xd3), big_endian(8, bits);
+    }
+    void real(double value) { put(0xcb), big_endian(8, std::bit_cast<uint64_t>(value)); }
+    void nil() { put(0xc0); }
+    void map(uint32_t count) {
+        if (count < 16) return put(static_cast<unsigned char>(0x80 | count));
+        if (count < 65536) return put(0xde), big_endian(2, count);
+        put(0xdf), big_endian(4, count);
+    }
     void bin(std::string_view bytes) {
         if (bytes.size() < 0x100) {
             put(0xc4), big_endian(1, bytes.size());
@@ -155,8 +166,10 @@ class Writer {
             put(static_cast<unsigned char>(0xa0 | text.size()));
         } else if (text.size() < 0x100) {
             put(0xd9), big_endian(1, text.size());
-        } else {
+        } else if (text.size() < 0x10000) {
             put(0xda), big_endian(2, text.size());
+        } else {
+            put(0xdb), big_endian(4, text.size());
         }
         out_->append(text);
     }

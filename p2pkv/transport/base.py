@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from p2pkv.types import Extent, Status
+from p2pkv.types import Status
+from p2pkv.wire.fields import Extent
 
 
 class HeldBlock(NamedTuple):

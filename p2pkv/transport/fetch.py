@@ -22,7 +22,8 @@ import msgspec
 
 from p2pkv.transport.base import PullRequest, PullResult, Transport
 from p2pkv.transport.plan import assign
-from p2pkv.types import Extent, Status
+from p2pkv.types import Status
+from p2pkv.wire.fields import Extent
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResu
 from p2pkv.transport.nixl_native import NativeReads
 from p2pkv.transport.nixl_process import NixlOptions, NixlProcess
 from p2pkv.transport.nixl_wire import Run
-from p2pkv.types import CHECKSUM_BYTES, Extent, Status
+from p2pkv.types import CHECKSUM_BYTES, Status
+from p2pkv.wire.fields import Extent
 from p2pkv.wire.peer import (
     NixlConnect,
     NixlEndpoint,

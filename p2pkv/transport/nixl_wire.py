@@ -30,7 +30,8 @@ import msgspec
 from msgspec import Meta
 
 from p2pkv.errors import InvalidArgument
-from p2pkv.wire.frame import HEADER_BYTES, Codec, Frame, FrameDecoder, parse_header
+from p2pkv.wire.codec import Codec
+from p2pkv.wire.frame import HEADER_BYTES, Frame, FrameDecoder, parse_header
 
 RUN_BYTES: Final = 24
 RUNS_MAX: Final = 16_384

@@ -7,49 +7,20 @@ docstring, or ERROR.
 
 from __future__ import annotations
 
-import enum
 from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
-from p2pkv.types import Extent, Layout
-from p2pkv.wire.fields import KEYS_MAX, U32, U64, Hashes, Name
-from p2pkv.wire.frame import Codec
+from p2pkv.types import Layout
+from p2pkv.wire.codec import Codec
+from p2pkv.wire.engine_types import EngineType
+from p2pkv.wire.fields import U32, U64, Extent, FieldNames, Hashes, Name, Text
+from p2pkv.wire.limits import KEYS_MAX, NODES_MAX
 
 REGIONS_MAX: Final = 64
 Slots = Annotated[list[U32], Meta(max_length=KEYS_MAX)]
 PerKey = Annotated[bytes, Meta(max_length=KEYS_MAX)]
-
-
-class EngineType(enum.IntEnum):
-    """Message types between engine client and agent."""
-
-    ATTACH = 64
-    READY = 65
-    OPEN = 66
-    OPENED = 67
-    MAP_REGION = 68
-    UNMAP_REGION = 69
-    STORE = 70
-    LOAD = 71
-    DONE = 72
-    GET = 73
-    GOT = 74
-    RELEASE = 75
-    MATCH = 76
-    MATCHED = 77
-    OK = 78
-    AHEAD = 79
-    ERROR = 95
-
-
-class Source(enum.IntEnum):
-    """Where the bytes of one block came from."""
-
-    NONE = 0
-    LOCAL = 1
-    PEER = 2
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True):
@@ -123,7 +94,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
-    """Per key: a :class:`~p2pkv.types.Status` and a :class:`Source`; and how many bytes each kind of source gave."""
+    """Per key: a :class:`~p2pkv.types.Status` and a ``Source``; and how many bytes each kind of source gave."""
 
     statuses: PerKey
     sources: PerKey
@@ -193,12 +164,12 @@ class NodeMatch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Matched(msgspec.Struct, frozen=True, array_like=True):
-    """Per key a :class:`Source`; the longest prefix here and anywhere, in blocks; per node when asked for."""
+    """Per key a ``Source``; the longest prefix here and anywhere, in blocks; per node when asked for."""
 
     present: PerKey
     local: U32
     anywhere: U32
-    nodes: Annotated[list[NodeMatch], Meta(max_length=65_536)]
+    nodes: Annotated[list[NodeMatch], Meta(max_length=NODES_MAX)]
 
 
 class Ok(msgspec.Struct, frozen=True, array_like=True):
@@ -209,8 +180,8 @@ class EngineError(msgspec.Struct, frozen=True, array_like=True):
     """Why a request was refused. ``code``: "layout", "invalid", "busy", "protocol", "draining"."""
 
     code: Name
-    message: Annotated[str, Meta(max_length=1024)]
-    fields: Annotated[list[Name], Meta(max_length=32)] = []
+    message: Text
+    fields: FieldNames = []
 
 
 CODEC: Final = Codec(

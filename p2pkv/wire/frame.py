@@ -17,8 +17,6 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-import msgspec
-
 from p2pkv.errors import LocalProtocolError, RemoteProtocolError
 
 FRAME_VERSION: Final = 1
@@ -32,8 +30,6 @@ PROTOCOL_MAX: Final = 1
 BODY_BYTES_MAX: Final = 4 << 20
 """Fits the largest lawful message (16,384 keys of 64 bytes, or a snapshot part); a peer cannot make us hold more."""
 
-_encoder = msgspec.msgpack.Encoder()
-
 
 class Frame(NamedTuple):
     """A received frame whose body is not decoded yet. ``body`` is owned by the receiver of this tuple."""
@@ -44,15 +40,16 @@ class Frame(NamedTuple):
     body: bytes
 
 
-def encode(message_type: int, message: object, request_id: int = 0, flags: int = 0) -> bytes:
-    """Header and body of one message, ready to be sent in one call."""
-    body = _encoder.encode(message)
+def encode(message_type: int, body: bytes, request_id: int = 0, flags: int = 0) -> bytes:
+    """A whole frame, ready to be sent in one call."""
     if len(body) > BODY_BYTES_MAX:
         raise LocalProtocolError("message is too large for a frame", bytes=len(body), limit=BODY_BYTES_MAX)
     return HEADER.pack(len(body), FRAME_VERSION, message_type, flags, request_id) + body
 
 
-def parse_header(header: bytes | memoryview, body_bytes_max: int = BODY_BYTES_MAX) -> tuple[int, int, int, int]:
+def parse_header(
+    header: bytes | bytearray | memoryview, body_bytes_max: int = BODY_BYTES_MAX
+) -> tuple[int, int, int, int]:
     """Check a 12-byte header; returns (body length, type, flags, request id)."""
     length, version, message_type, flags, request_id = HEADER.unpack(header)
     if version != FRAME_VERSION:
@@ -83,7 +80,7 @@ class FrameDecoder:
         start = 0
         try:
             while len(buffer) - start >= HEADER_BYTES:
-                header = bytes(buffer[start : start + HEADER_BYTES])
+                header = buffer[start : start + HEADER_BYTES]
                 length, message_type, flags, request_id = parse_header(header, self._body_bytes_max)
                 end = start + HEADER_BYTES + length
                 if len(buffer) < end:
@@ -98,34 +95,3 @@ class FrameDecoder:
     def pending_bytes(self) -> int:
         """Bytes of an unfinished frame that are buffered."""
         return len(self._buffer)
-
-
-class Codec:
-    """Typed bodies for one message set: an enum of types, and the struct of each."""
-
-    def __init__(self, structs: dict[int, type[msgspec.Struct]]) -> None:
-        self._structs = structs
-        self._decoders: dict[int, msgspec.msgpack.Decoder[msgspec.Struct]] = {}  # made when first needed
-        self._types = {s: t for t, s in structs.items()}
-
-    def encode(self, message: msgspec.Struct, request_id: int = 0) -> bytes:
-        """Frame a message by its struct's type."""
-        return encode(self._types[type(message)], message, request_id)
-
-    def decode(self, frame: Frame) -> msgspec.Struct:
-        """Decode a frame's body.
-
-        Raises:
-            RemoteProtocolError: the type is unknown, or the body is not what the type says.
-        """
-        decoder = self._decoders.get(frame.type)
-        if decoder is None:
-            struct_type = self._structs.get(frame.type)
-            if struct_type is None:
-                raise RemoteProtocolError("unknown message type", type=frame.type)
-            decoder = self._decoders[frame.type] = msgspec.msgpack.Decoder(struct_type, strict=True)
-        try:
-            message: msgspec.Struct = decoder.decode(frame.body)
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise RemoteProtocolError("malformed message", type=frame.type, reason=str(error)[:200]) from error
-        return message

@@ -15,9 +15,10 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from p2pkv.types import Extent, Layout
-from p2pkv.wire.fields import KEYS_MAX, U16, U32, U64, Hashes, Name
-from p2pkv.wire.frame import Codec
+from p2pkv.types import Layout
+from p2pkv.wire.codec import Codec
+from p2pkv.wire.fields import U16, U32, U64, Extent, FieldNames, Hashes, Name, Text
+from p2pkv.wire.limits import KEYS_MAX
 
 MEMBERS_MAX: Final = 4_096
 DELTA_KEYS_BYTES_MAX: Final = 65_536 * 8
@@ -214,8 +215,8 @@ class PeerError(msgspec.Struct, frozen=True, array_like=True):
     """
 
     code: Name
-    message: Annotated[str, Meta(max_length=1024)]
-    fields: Annotated[list[Name], Meta(max_length=32)] = []
+    message: Text
+    fields: FieldNames = []
 
 
 CODEC: Final = Codec(

@@ -10,7 +10,8 @@ import msgspec
 
 from p2pkv.types import Layout
 from p2pkv.wire import engine, peer
-from p2pkv.wire.frame import HEADER, PROTOCOL_MAX, PROTOCOL_MIN, Codec, Frame, FrameDecoder
+from p2pkv.wire.codec import Codec
+from p2pkv.wire.frame import HEADER, PROTOCOL_MAX, PROTOCOL_MIN, Frame, FrameDecoder
 from tests.cluster.agents import AgentProcess
 
 CLOSE_S = 5.0

@@ -29,7 +29,8 @@ from p2pkv.transport.nixl import NixlTransport
 from p2pkv.transport.nixl_process import NixlOptions
 from p2pkv.transport.patience import Patience
 from p2pkv.transport.tcp import TcpTransport
-from p2pkv.types import Extent, Layout, Status
+from p2pkv.types import Layout, Status
+from p2pkv.wire.fields import Extent
 from p2pkv.wire.peer import Address, Card
 from tests.cluster.agents import make_layout
 

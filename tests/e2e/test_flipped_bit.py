@@ -7,7 +7,6 @@ import mmap
 import os
 from collections.abc import Iterator
 
-import msgspec
 import pytest
 import xxhash
 
@@ -91,4 +90,4 @@ def test_wrong_bytes_would_have_changed_the_answer(pair: Pair) -> None:
 def layout_of(pair: Pair) -> tuple[Layout, set[bytes]]:
     """The replicas' layout, as A's agent knows it, and the hashes of A's blocks."""
     (namespace,) = ask_agent(pair.agent_a.http, "/v1/blocks")["namespaces"]
-    return msgspec.convert(namespace["layout"], Layout), {bytes.fromhex(text) for text in namespace["hashes"]}
+    return Layout(**namespace["layout"]), {bytes.fromhex(text) for text in namespace["hashes"]}

@@ -13,8 +13,8 @@ from p2pkv.client import Layout, Status
 from p2pkv.client.cache import Cache
 from p2pkv.client.channel import Channel
 from p2pkv.errors import P2PKVError
-from p2pkv.types import Extent
 from p2pkv.wire.engine import CODEC, Ahead, Got
+from p2pkv.wire.fields import Extent
 
 BLOCK = 1024
 LAYOUT = Layout(model="m", revision="r", kv_dtype="float32", block_tokens=16, block_bytes=BLOCK)

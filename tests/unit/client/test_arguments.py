@@ -13,7 +13,7 @@ import pytest
 from p2pkv.client import AgentClient, Layout, Status
 from p2pkv.client.cache import Cache
 from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument
-from p2pkv.wire.peer import KEYS_MAX
+from p2pkv.wire.limits import KEYS_MAX
 
 BLOCK = 4096
 LAYOUT = Layout(model="m", revision="r", kv_dtype="float32", block_tokens=16, block_bytes=BLOCK)
@@ -82,9 +82,8 @@ def test_what_cannot_be_written_to_cannot_be_read_into(cache: Cache) -> None:
 
 def test_an_impossible_layout_is_refused(client: AgentClient) -> None:
     for changes in ({"model": ""}, {"block_bytes": 0}, {"block_bytes": 1 << 40}, {"block_tokens": 0}, {"rank": 1}):
-        fields = {name: getattr(LAYOUT, name) for name in LAYOUT.__struct_fields__} | changes
         with pytest.raises(InvalidArgument):
-            client.open(Layout(**fields))
+            client.open(LAYOUT.replace(**changes))
 
 
 def test_without_an_agent_gets_are_misses_and_the_rest_says_so(client: AgentClient, cache: Cache) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -246,3 +248,47 @@ def test_threads_may_close_a_client_under_each_other(agent: AgentProcess) -> Non
             thread.join(30)
             assert not thread.is_alive()
         assert not unexpected, unexpected
+
+
+LIGHT = """
+import os, sys
+for name in ("msgspec", "inspect", "dataclasses", "typing_extensions", "uuid", "datetime"):
+    assert name not in sys.modules, name
+    sys.modules[name] = None  # whoever imports it now gets an ImportError
+from p2pkv.client import AgentClient, Layout
+from p2pkv.errors import LayoutMismatch
+
+layout = Layout(model="light", revision="r", kv_dtype="uint8", block_tokens=16, block_bytes=4096)
+keys, blocks = [os.urandom(32) for _ in range(3)], [os.urandom(4096) for _ in range(3)]
+with AgentClient(sys.argv[1]) as client:
+    cache = client.open(layout)
+    assert cache.namespace == layout.namespace
+    try:
+        client.open(layout.replace(order="HND"))
+        raise SystemExit("no mismatch")
+    except LayoutMismatch as error:
+        assert error.fields == ("order",)
+    assert cache.put(keys, blocks) == [True] * 3
+    out = [bytearray(4096) for _ in range(3)]
+    assert cache.get_into(keys, out) == [True] * 3 and out == blocks
+    assert cache.get_into([bytes(32)], out[:1]) == [False]
+    match = cache.match(keys)
+    assert match.local == 3 and match.present == ["local"] * 3 and len(match.nodes) == 1
+    fd = os.memfd_create("light")
+    os.ftruncate(fd, 3 * 4096)
+    region = cache.map_region(fd, slots=3)
+    os.close(fd)
+    cache.store([bytes(32)], region, [0])
+    cache.load(keys, region, [0, 1, 2])
+    cache.submit_match(keys)
+    results = []
+    while len(results) < 3:
+        results += client.poll(1_000)
+    assert all(all(result.ok) for result in results), results
+    region.unmap()
+"""
+
+
+def test_nothing_that_an_engine_does_imports_msgspec_or_what_it_drags_along(agent: AgentProcess) -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT, agent.socket], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pkv.config import Config, Section, default_socket_path, is_loopback, load, parse_address, parse_size
+from p2pkv.config import Config, Section, is_loopback, load, parse_address, parse_size
 from p2pkv.errors import ConfigError
+from p2pkv.paths import default_socket_path
 
 NOTHING: dict[str, str] = {}
 

@@ -52,7 +52,7 @@ def test_a_frame_is_yielded_as_soon_as_its_last_byte_is_there() -> None:
 
 
 def test_the_header_is_laid_out_as_documented() -> None:
-    header = encode(8, [], request_id=0x01020304, flags=0x0506)[:HEADER_BYTES]
+    header = encode(8, b"\x90", request_id=0x01020304, flags=0x0506)[:HEADER_BYTES]
     assert header == bytes([1, 0, 0, 0, FRAME_VERSION, 8, 6, 5, 4, 3, 2, 1])
 
 

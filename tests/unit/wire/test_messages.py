@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pkv.errors import RemoteProtocolError
-from p2pkv.types import Extent, Layout
+from p2pkv.types import Layout
 from p2pkv.wire import engine, peer
-from p2pkv.wire.frame import BODY_BYTES_MAX, HEADER_BYTES, Codec, Frame, FrameDecoder
+from p2pkv.wire.codec import Codec
+from p2pkv.wire.fields import Extent
+from p2pkv.wire.frame import BODY_BYTES_MAX, HEADER_BYTES, Frame, FrameDecoder
+from p2pkv.wire.limits import KEYS_MAX
 
 CODECS = {"peer": peer.CODEC, "engine": engine.CODEC}
 
@@ -166,7 +169,7 @@ def test_a_message_with_its_end_cut_off_is_a_remote_protocol_error(name: str, da
     [
         (peer.PeerType.GET, [1, [bytes(7)], 1]),
         (peer.PeerType.GET, [1, [bytes(65)], 1]),
-        (peer.PeerType.GET, [1, [bytes(8)] * (peer.KEYS_MAX + 1), 1]),
+        (peer.PeerType.GET, [1, [bytes(8)] * (KEYS_MAX + 1), 1]),
         (peer.PeerType.GET, [1, [], 1 << 32]),
         (peer.PeerType.GET, [-1, [], 1]),
         (peer.PeerType.GET, [True, [], 1]),
@@ -193,18 +196,18 @@ def test_nesting_without_end_is_a_remote_protocol_error(depth: int) -> None:
 
 
 def test_the_largest_lawful_messages_fit_a_frame() -> None:
-    keys = [bytes(64)] * peer.KEYS_MAX
+    keys = [bytes(64)] * KEYS_MAX
     largest = [
         peer.CODEC.encode(peer.Get((1 << 64) - 1, keys, 1)),
-        engine.CODEC.encode(engine.Store(1, keys, 1, [0xFFFF_FFFF] * peer.KEYS_MAX, 1)),
+        engine.CODEC.encode(engine.Store(1, keys, 1, [0xFFFF_FFFF] * KEYS_MAX, 1)),
         peer.CODEC.encode(
             peer.Pinned(
                 1,
                 1,
-                bytes(peer.KEYS_MAX),
-                [Extent(1 << 60, 1 << 27)] * peer.KEYS_MAX,
-                [1 << 60] * peer.KEYS_MAX,
-                bytes(16 * peer.KEYS_MAX),
+                bytes(KEYS_MAX),
+                [Extent(1 << 60, 1 << 27)] * KEYS_MAX,
+                [1 << 60] * KEYS_MAX,
+                bytes(16 * KEYS_MAX),
                 "x" * 256,
             )
         ),
@@ -212,10 +215,10 @@ def test_the_largest_lawful_messages_fit_a_frame() -> None:
             engine.Got(
                 1,
                 1,
-                [0xFFFF_FFFF] * peer.KEYS_MAX,
-                bytes(peer.KEYS_MAX),
-                bytes(peer.KEYS_MAX),
-                [Extent(1 << 60, 1 << 27)] * peer.KEYS_MAX,
+                [0xFFFF_FFFF] * KEYS_MAX,
+                bytes(KEYS_MAX),
+                bytes(KEYS_MAX),
+                [Extent(1 << 60, 1 << 27)] * KEYS_MAX,
                 True,
             )
         ),
