@@ -20,6 +20,23 @@ def address_of(buffer: Buffer) -> int:
 def populate(address: int, length: int) -> int:
     """Fault pages in, writable. 0 or an errno (EINVAL where the kernel is too old)."""
 
+def collapse(address: int, length: int) -> int:
+    """Have the whole huge pages of this range be huge pages (MADV_COLLAPSE); how many bytes are now. Keeps what is in
+    them; blocks without the GIL, some ms for each 64 MiB."""
+
+class Mapping:
+    """The first ``length`` bytes of a file, shared, as a buffer; unmapped with the last reference to it or its buffers.
+
+    Begins at a multiple of 2 MiB, so that huge pages are mapped as such.
+
+    Raises:
+        OSError: the kernel refuses."""
+
+    address: int
+    def __init__(self, fd: int, length: int, writable: bool) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 def run_now(work: int, items: Sequence[tuple[int, int, int]], deadline_s: float = -1.0) -> tuple[bytes, bytes]:
     """Run (dst, src, length) items in this thread: 0 copy, 1 copy and hash, 2 hash src. Returns ok bytes and digests.
 

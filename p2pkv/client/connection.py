@@ -6,11 +6,11 @@ answers without going through its event loop.
 
 from __future__ import annotations
 
-import mmap
 import os
 import socket
 import time
 
+from p2pkv import _native
 from p2pkv.client.channel import Channel
 from p2pkv.client.messages import Attach, EngineError, Ready, decode, encode
 from p2pkv.errors import AgentUnavailable, RemoteProtocolError
@@ -36,7 +36,7 @@ class Connection(Channel):
         self.lane: Channel = self
         """Where GETs go."""
         try:
-            self.arena = memoryview(mmap.mmap(descriptors[0], self.ready.arena_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
+            self.arena = memoryview(_native.Mapping(descriptors[0], self.ready.arena_bytes, False))
         finally:
             os.close(descriptors[0])
             if len(descriptors) > 1:

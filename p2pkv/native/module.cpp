@@ -5,10 +5,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
-#include <sys/mman.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 
 #include "buffer.hpp"
@@ -24,6 +22,7 @@ void bind_server(nb::module_& m);
 void bind_lane(nb::module_& m);
 void bind_inline(nb::module_& m);
 void bind_msgpack(nb::module_& m);
+void bind_mapping(nb::module_& m);
 
 namespace {
 
@@ -72,13 +71,6 @@ uintptr_t address_of(nb::handle object) {
 }
 
 // Make pages present and writable ahead of use. 0, or the errno of madvise.
-int populate(uintptr_t address, size_t length) {
-    nb::gil_scoped_release release;
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
-    return madvise(reinterpret_cast<void*>(address), length, MADV_POPULATE_WRITE) == 0 ? 0 : errno;
-}
 
 using Item = std::tuple<uintptr_t, uintptr_t, size_t>;
 
@@ -164,7 +156,6 @@ NB_MODULE(_native, m) {
     m.def("copy", copy, "dst"_a, "src"_a);
     m.def("copy_hash", copy_hash, "dst"_a, "src"_a);
     m.def("address_of", address_of, "buffer"_a);
-    m.def("populate", populate, "address"_a, "length"_a);
     m.def("run_now", run_now, "work"_a, "items"_a, "deadline_s"_a = -1.0);
 
     bind_store(m);
@@ -172,6 +163,7 @@ NB_MODULE(_native, m) {
     bind_lane(m);
     bind_inline(m);
     bind_msgpack(m);
+    bind_mapping(m);
 
     nb::class_<Hasher>(m, "Hasher")
         .def(nb::init<>())

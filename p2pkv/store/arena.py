@@ -9,7 +9,6 @@ Which bytes may be touched is the :class:`~p2pkv.store.dram.DramStore`'s busines
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import enum
 import errno
@@ -21,6 +20,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from p2pkv import _native
 from p2pkv.errors import ConfigError, InvalidArgument, LocalProtocolError, OutOfSpace
 from p2pkv.store.memory import HUGE_PAGE_BYTES, available_memory, free_huge_pages, shared_thp_allowed
 
@@ -62,13 +62,12 @@ class Arena:
     Thread-safe: it changes nothing after creation but by ``close``.
     """
 
-    def __init__(self, fd: int, memory: mmap.mmap, backing: ArenaBacking) -> None:
+    def __init__(self, fd: int, memory: _native.Mapping, backing: ArenaBacking) -> None:
         self._fd = fd
-        self._memory = memory
+        self._memory: _native.Mapping | None = memory
         self._view = memoryview(memory)
         self._backing = backing
-        # Only the address is kept: a live ctypes object would make close() impossible.
-        self._base_address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._base_address = memory.address
         self._capacity_bytes = len(memory)
 
     @classmethod
@@ -95,13 +94,7 @@ class Arena:
                 return arena
             if huge == "huge":
                 raise ConfigError("no huge pages for the arena: " + reasons[-1], hint=_hugetlb_hint(capacity_bytes))
-        thp = huge in ("auto", "thp") and shared_thp_allowed(root)
-        if huge in ("auto", "thp") and not thp:
-            hint = "As root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"
-            if huge == "thp":
-                raise ConfigError("this host gives shared memory no transparent huge pages", hint=hint)
-            reasons.append(f"transparent huge pages are off for shared memory ({hint})")
-        return cls._on_shmem(capacity_bytes, root, thp=thp, forbid_thp=huge == "none", note="; ".join(reasons))
+        return cls._on_shmem(capacity_bytes, root, huge, reasons)
 
     @classmethod
     def _on_hugetlb(cls, capacity_bytes: int, root: Path, reasons: list[str]) -> Arena | None:
@@ -123,7 +116,7 @@ class Arena:
         return cls(fd, memory, ArenaBacking(ArenaPages.HUGETLB, HUGE_PAGE_BYTES, ""))
 
     @classmethod
-    def _on_shmem(cls, capacity_bytes: int, root: Path, *, thp: bool, forbid_thp: bool, note: str) -> Arena:
+    def _on_shmem(cls, capacity_bytes: int, root: Path, huge: HugeMode, reasons: list[str]) -> Arena:
         length = capacity_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if length < 1:
             raise ConfigError("the arena is smaller than one page", capacity_bytes=capacity_bytes)
@@ -146,14 +139,18 @@ class Arena:
                 os.close(fd)
             hint = "Check the limits on address space and locked memory" if fd >= 0 else "The agent needs Linux's memfd"
             raise ConfigError(f"the arena cannot be made: {error.strerror}", hint=hint, arena_bytes=length) from error
-        if thp or forbid_thp:
-            try:
-                memory.madvise(mmap.MADV_HUGEPAGE if thp else mmap.MADV_NOHUGEPAGE)
-            except OSError as error:  # EINVAL: a kernel without transparent huge pages
-                note, thp = f"the kernel refused transparent huge pages: {error.strerror}" if thp else note, False
-        if thp:
-            return cls(fd, memory, ArenaBacking(ArenaPages.THP, HUGE_PAGE_BYTES, note))
-        return cls(fd, memory, ArenaBacking(ArenaPages.SMALL, mmap.PAGESIZE, note))
+        if huge == "none":
+            _advise(memory, mmap.MADV_NOHUGEPAGE)
+        elif _advise(memory, mmap.MADV_HUGEPAGE) and (shared_thp_allowed(root) or _collapse(memory.address, length)):
+            # Whether the system gives shared memory huge pages by itself or not: populate() collapses what is not.
+            return cls(fd, memory, ArenaBacking(ArenaPages.THP, HUGE_PAGE_BYTES, "; ".join(reasons)))
+        else:
+            hint = "As root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"
+            if huge == "thp":
+                os.close(fd)
+                raise ConfigError("this host gives shared memory no transparent huge pages", hint=hint)
+            reasons.append(f"transparent huge pages are off for shared memory ({hint})")
+        return cls(fd, memory, ArenaBacking(ArenaPages.SMALL, mmap.PAGESIZE, "; ".join(reasons)))
 
     @property
     def fd(self) -> int:
@@ -206,6 +203,8 @@ class Arena:
         end = offset + length
         while begin < end:
             step = min(POPULATE_STEP_BYTES, end - begin)
+            if self._backing.pages is ArenaPages.THP:
+                _native.collapse(self._base_address + begin, step)  # what it cannot have stays small
             try:
                 _populate_write(self._base_address + begin, step)
             except OSError as error:
@@ -238,15 +237,14 @@ class Arena:
     def close(self) -> None:
         """Give the memory up, at exit only: no peer, engine or NIXL process may be reading. Idempotent.
 
-        A part that is still viewed somewhere keeps the mapping until the process ends.
+        A part that is still viewed somewhere keeps the mapping until it is not.
         """
         if self._fd < 0:
             return
         os.close(self._fd)
         self._fd = -1
-        with contextlib.suppress(BufferError):  # somebody views it: the end of the process unmaps it
-            self._view.release()
-            self._memory.close()
+        self._view.release()
+        self._memory = None  # unmapped, unless somebody views it
 
     def _check(self, offset: int, length: int) -> None:
         if self._fd < 0:
@@ -255,14 +253,25 @@ class Arena:
             raise InvalidArgument("outside the arena", offset=offset, length=length, arena_bytes=self._capacity_bytes)
 
 
-def _map(fd: int, length: int) -> mmap.mmap:
+def _map(fd: int, length: int) -> _native.Mapping:
     """Size, seal and map a new memfd, left out of core dumps (it is other people's prompts, and terabytes)."""
     os.ftruncate(fd, length)
     os.fchmod(fd, 0o400)  # a read-only descriptor cannot be reopened for writing by accident
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    memory = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-    memory.madvise(mmap.MADV_DONTDUMP)
+    memory = _native.Mapping(fd, length, True)
+    _advise(memory, mmap.MADV_DONTDUMP)
     return memory
+
+
+def _advise(memory: _native.Mapping, advice: int) -> bool:
+    """madvise on a whole mapping; False where the kernel does not know that (no transparent huge pages)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.madvise(ctypes.c_void_p(memory.address), ctypes.c_size_t(len(memory)), advice) == 0)
+
+
+def _collapse(address: int, length: int) -> bool:
+    """Whether this kernel makes shared memory huge when it is told to (MADV_COLLAPSE): tries it on the first 2 MiB."""
+    return length >= HUGE_PAGE_BYTES and _native.collapse(address, HUGE_PAGE_BYTES) == HUGE_PAGE_BYTES
 
 
 def _populate_write(address: int, length: int) -> None:

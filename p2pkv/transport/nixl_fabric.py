@@ -16,12 +16,12 @@ from functools import partial
 from types import ModuleType
 from typing import Any, Final, NamedTuple, Protocol
 
+from p2pkv import _native
+
 PACKAGES: Final = ("nixl_cu12", "nixl_cu13")
 """Never the meta package ``nixl``: it imports torch when neither is there."""
 
 SCRATCH_BYTES: Final = 65_536
-MADV_POPULATE_WRITE: Final = 23
-POPULATE_STEP_BYTES: Final = 1 << 30
 
 Table = list[tuple[int, int, int]]
 """Descriptors: (address, length, 0) each."""
@@ -168,22 +168,18 @@ class NixlFabric:
         return self.create(peer, [(self._scratch_base, length, 0)], [(remote_address, length, 0)])
 
 
-def map_arena(fd: int, arena_bytes: int) -> tuple[mmap.mmap, int]:
-    """Map the arena and fill in page tables where its pages exist already; returns the mapping and its address.
+def map_arena(fd: int, arena_bytes: int) -> _native.Mapping:
+    """Map the arena and fill in page tables where its pages exist already.
 
     A page that the agent has written is not in *our* page table until it is touched, and a peer's copy would take a
     fault per 4 KiB: half the speed. If the memfd has holes, filling tables would allocate them, so it is not done."""
     status = os.fstat(fd)
     if status.st_size < arena_bytes:
         raise ValueError(f"the arena has {status.st_size} bytes, not {arena_bytes}")
-    arena = mmap.mmap(fd, arena_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    arena = _native.Mapping(fd, arena_bytes, True)
     if status.st_blocks * 512 >= arena_bytes:
-        try:
-            for start in range(0, arena_bytes, POPULATE_STEP_BYTES):
-                arena.madvise(MADV_POPULATE_WRITE, start, min(POPULATE_STEP_BYTES, arena_bytes - start))
-        except OSError:
-            pass  # before Linux 5.14: faults it is
-    return arena, ctypes.addressof(ctypes.c_char.from_buffer(arena))
+        _native.populate(arena.address, arena_bytes)  # before Linux 5.14: faults it is
+    return arena
 
 
 def load_nixl() -> ModuleType:

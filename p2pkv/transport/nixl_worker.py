@@ -214,7 +214,8 @@ def start(options: argparse.Namespace, supervisor: socket.socket, lane: socket.s
         logging.getLogger("nixl").setLevel(logging.WARNING)
         version = importlib.import_module("importlib.metadata").version(module.__name__.replace("_", "-"))
         code = wire.FatalCode.ARENA
-        arena, base = map_arena(options.arena_fd, options.arena_bytes)
+        arena = map_arena(options.arena_fd, options.arena_bytes)
+        base = arena.address
         code = wire.FatalCode.NO_BACKEND
         fabric = NixlFabric(module, options.name, base, options.arena_bytes)
     except Exception as error:  # whatever a vendor's library throws: it is reported, with its type, and ends us
