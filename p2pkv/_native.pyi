@@ -166,6 +166,7 @@ class NixlReads:
     The arena at ``arena`` stays mapped until :meth:`stop` has returned."""
 
     fd: int
+    bell: int
     reads: int
     bytes_read: int
     def __init__(self, store: Store, arena: int, partial_bytes: int) -> None: ...
@@ -191,13 +192,14 @@ LaneEvent = tuple[
 class InlineReads:
     """READs of the agent's native code, done by native code in the NIXL process (``native/inline_reads.hpp``).
 
-    ``fd``: a socket that is not blocking; stays the caller's. The four callables are NIXL's."""
+    ``fd``: a socket that is not blocking; ``bell``: the eventfd beside it. The four callables are NIXL's."""
 
     reads: int
     bytes_read: int
     def __init__(
         self,
         fd: int,
+        bell: int,
         descriptors: Callable[[list[tuple[int, int, int]]], object],
         create: Callable[[object, object, str], int],
         post: Callable[[int], bool],

@@ -56,6 +56,7 @@ void bind_lane(nb::module_& m) {
         .def_prop_ro("fd", &NixlReads::fd)
         .def_prop_ro("reads", [](const NixlReads& self) { return self.reads.load(); })
         .def_prop_ro("bytes_read", [](const NixlReads& self) { return self.bytes_read.load(); })
+        .def_prop_ro("bell", &NixlReads::bell)
         .def("attach", &NixlReads::attach, "fd"_a)
         .def("detach", &NixlReads::detach)
         .def("set_peer", &NixlReads::set_peer, "node"_a, "endpoint"_a)

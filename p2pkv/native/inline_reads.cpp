@@ -2,6 +2,7 @@
 
 #include <poll.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -37,8 +38,8 @@ double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock:
 
 }  // namespace
 
-InlineReads::InlineReads(int fd, NixlCalls calls, uintptr_t base, uint64_t bytes)
-    : fd_(fd), calls_(std::move(calls)), base_(base), bytes_(bytes) {}
+InlineReads::InlineReads(int fd, int bell, NixlCalls calls, uintptr_t base, uint64_t bytes)
+    : fd_(fd), bell_(bell), calls_(std::move(calls)), base_(base), bytes_(bytes) {}
 
 void InlineReads::add_peer(std::string name, uint64_t base, uint64_t bytes) {
     peers_.insert_or_assign(std::move(name), Peer{base, bytes});
@@ -117,7 +118,6 @@ InlineReads::ReadRef InlineReads::parse(uint32_t id, std::string_view body) cons
         run.local += base_;
         read->total += run.length;
     }
-    hash_ops().reset(&read->hash);
     return read;
 }
 
@@ -139,17 +139,15 @@ void InlineReads::step(nb::list* handed_over) {
         return;
     }
     const uint64_t most = room(*read);
-    std::vector<Run> piece;
     nb::list local, remote;
     uint64_t length = 0;
     size_t run = read->run;
     uint64_t offset = read->offset;
     // Whole runs, or a part of one that is too long.
-    while (run < read->runs.size() && piece.size() < kPieceRunsMax) {
+    while (run < read->runs.size() && nb::len(local) < kPieceRunsMax) {
         const Run& next = read->runs[run];
         const uint64_t take = std::min(next.length - offset, most - length);
-        if (take == 0 || (take < next.length - offset && !piece.empty())) break;
-        piece.push_back({next.remote + offset, next.local + offset, take});
+        if (take == 0 || (take < next.length - offset && length != 0)) break;
         local.append(nb::make_tuple(next.local + offset, take, 0));
         remote.append(nb::make_tuple(next.remote + offset, take, 0));
         length += take;
@@ -172,7 +170,6 @@ void InlineReads::step(nb::list* handed_over) {
                                            handle.is_none() ? 0 : length, error));
         return;
     }
-    land(*read, piece);
     read->run = run;
     read->offset = offset;
     read->done += length;
@@ -182,39 +179,23 @@ void InlineReads::step(nb::list* handed_over) {
     active_.push_back(std::move(read));
 }
 
-// `pieces` begin at the run that is to be read next.
-void InlineReads::land(Read& read, const std::vector<Run>& pieces) {
-    nb::gil_scoped_release release;
-    for (size_t i = 0; i < pieces.size(); ++i) {
-        hash_ops().update(&read.hash, reinterpret_cast<const void*>(pieces[i].local), pieces[i].length);
-        const Run& whole = read.runs[read.run + i];
-        if (pieces[i].local + pieces[i].length != whole.local + whole.length) return;  // the rest of it is yet to come
-        const Digest digest = hash_ops().digest(&read.hash);
-        read.digests.append(reinterpret_cast<const char*>(digest.data()), digest.size());
-        hash_ops().reset(&read.hash);
-    }
-}
-
 void InlineReads::tell_progress(Read& read) {
     std::string body;
     msgpack::Writer writer(&body);
-    writer.array(2);
+    writer.array(1);
     writer.uint(read.done);
-    writer.bin(read.digests);
-    read.digests.clear();
     send(frame::make(kProgress, read.id, body));
 }
 
 void InlineReads::tell_done(Read& read, uint64_t status) {
     std::string body;
     msgpack::Writer writer(&body);
-    writer.array(6);
+    writer.array(5);
     writer.uint(status);
     writer.uint(read.done);
     writer.bin({});  // nothing is left that could still be written
     writer.boolean(true);
     writer.str({});
-    writer.bin(read.digests);
     ++reads_;
     send(frame::make(kDone, read.id, body));
 }
@@ -225,6 +206,7 @@ void InlineReads::send(std::string frame) {
         if (n < 0 && errno != EAGAIN && errno != EINTR) throw std::runtime_error("closed");
         if (n > 0) frame.erase(0, static_cast<size_t>(n));
     }
+    ring();
     out_ += frame;
     if (out_.size() > kOutBytesMax) throw std::runtime_error("the agent does not read its answers");
 }
@@ -233,6 +215,12 @@ void InlineReads::flush() {
     const ssize_t n = ::send(fd_, out_.data(), out_.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
     if (n < 0 && errno != EAGAIN && errno != EINTR) throw std::runtime_error("closed");
     if (n > 0) out_.erase(0, static_cast<size_t>(n));
+    ring();
+}
+
+void InlineReads::ring() {
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t written = write(bell_, &one, sizeof one);
 }
 
 }  // namespace p2pkv

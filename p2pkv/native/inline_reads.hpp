@@ -5,8 +5,7 @@
 // objects. A read that turns out otherwise (a post that does not end at once, an error, a peer that is not inline) is
 // handed over, as it stands, to the engine in Python (p2pkv/transport/nixl_engine.py), which handles everything.
 //
-// What has landed is checksummed here, piece by piece, while it is in this processor's cache. One thread, which holds the
-// GIL but for waiting, copying and checksumming.
+// One thread, which holds the GIL but for waiting and copying.
 #pragma once
 #include <nanobind/nanobind.h>
 
@@ -17,8 +16,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include "hash.hpp"
 
 namespace p2pkv {
 
@@ -32,8 +29,10 @@ struct NixlCalls {
 
 class InlineReads {
   public:
-    // `fd`: the second socket to the agent, not blocking; stays the caller's. `base`: our mapping of the arena.
-    InlineReads(int fd, NixlCalls calls, uintptr_t base, uint64_t bytes);
+    // `fd`: the second socket to the agent, not blocking. `bell`: the agent's eventfd, rung after what is sent, since that is
+    // where it sleeps: a socket's wake-up asks the scheduler to put the woken thread on the waker's processor, behind the
+    // next piece of the copy that it is to be told of. Both stay the caller's. `base`: our mapping of the arena.
+    InlineReads(int fd, int bell, NixlCalls calls, uintptr_t base, uint64_t bytes);
     InlineReads(const InlineReads&) = delete;
     InlineReads& operator=(const InlineReads&) = delete;
 
@@ -69,8 +68,6 @@ class InlineReads {
         uint64_t total = 0, done = 0;
         size_t run = 0;       // to be read next
         uint64_t offset = 0;  // in it
-        HashState hash;       // of the run that is being read
-        std::string digests;  // of runs that have come and have not been told
     };
     using ReadRef = std::unique_ptr<Read>;
 
@@ -78,12 +75,13 @@ class InlineReads {
     ReadRef parse(uint32_t id, std::string_view body) const;
     void step(nanobind::list* handed_over);
     uint64_t room(const Read& read) const;
-    void land(Read& read, const std::vector<Run>& pieces);
     void tell_progress(Read& read);
     void tell_done(Read& read, uint64_t status);
     void flush();
+    void ring();
 
     const int fd_;
+    const int bell_;
     const NixlCalls calls_;
     const uintptr_t base_;
     const uint64_t bytes_;

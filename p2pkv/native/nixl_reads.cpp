@@ -1,6 +1,7 @@
 #include "nixl_reads.hpp"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -8,7 +9,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
-#include <cstring>
 
 #include "frame.hpp"
 #include "msgpack.hpp"
@@ -25,11 +25,34 @@ constexpr size_t kReceiveBytes = 64 << 10;
 constexpr size_t kReadsMax = 512;
 constexpr uint64_t kPieceBytes = 4 << 20;  // a step of progress costs what copying 300 KiB does
 constexpr double kGraceS = 0.02;           // the process answers at the deadline; so long after it we do
-constexpr uint64_t kSocket = 0, kWake = 1;
+// While reads land, their news are looked for rather than waited for: on a virtual machine an idle processor is asleep, the
+// scheduler wakes nobody there, and who is woken by the reading process is put before it, on its own processor. So long
+// after the last news, and giving way to whoever else wants this processor.
+constexpr double kLookS = 2e-3;
+constexpr uint64_t kBell = 0, kWake = 1, kSocket = 2;
+
+std::string request_of(uint32_t id, const std::string& peer, std::string_view runs, double deadline) {
+    std::string body;
+    msgpack::Writer writer(&body);
+    writer.array(4);
+    writer.str(peer);
+    writer.bin(runs);
+    writer.uint(kPieceBytes);
+    writer.uint(static_cast<uint64_t>(deadline * 1e9));
+    return frame::make(kRead, id, body);
+}
 
 double now_s() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
 
 }  // namespace
+
+struct NixlReads::Socket {
+    explicit Socket(int fd) : fd(fd) {}
+    ~Socket() { ::close(fd); }  // not before: another thread could be about to use its number
+    Socket(const Socket&) = delete;
+    Socket& operator=(const Socket&) = delete;
+    const int fd;
+};
 
 struct NixlReads::Active {
     uint32_t id = 0;
@@ -51,12 +74,15 @@ NixlReads::NixlReads(store::Store& store, uintptr_t arena, uint64_t partial_byte
       arena_(arena),
       partial_bytes_(partial_bytes),
       epoll_(epoll_create1(EPOLL_CLOEXEC)),
-      wake_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
-    if (epoll_ < 0 || wake_fd_ < 0) throw std::runtime_error("epoll or eventfd failed");
+      wake_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+      bell_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+    if (epoll_ < 0 || wake_fd_ < 0 || bell_ < 0) throw std::runtime_error("epoll or eventfd failed");
     epoll_event event{};
     event.events = EPOLLIN;
     event.data.u64 = kWake;
     epoll_ctl(epoll_, EPOLL_CTL_ADD, wake_fd_, &event);
+    event.data.u64 = kBell;
+    epoll_ctl(epoll_, EPOLL_CTL_ADD, bell_, &event);
     thread_ = std::thread([this] { run(); });
 }
 
@@ -74,6 +100,7 @@ NixlReads::~NixlReads() {
     if (offered_ >= 0) ::close(offered_);
     ::close(epoll_);
     ::close(wake_fd_);
+    ::close(bell_);
 }
 
 void NixlReads::wake() {
@@ -114,7 +141,7 @@ void NixlReads::drop_peer(uint64_t node) {
 
 bool NixlReads::reads_from(uint64_t node) const {
     std::lock_guard lock(mutex_);
-    return socket_ >= 0 && peers_.contains(node);
+    return socket_ != nullptr && peers_.contains(node);
 }
 
 // --- reading
@@ -138,34 +165,32 @@ bool NixlReads::submit(NixlRead read) {
         finish(active, Code::ok, false, "");
         return true;
     }
-    std::string body;
-    msgpack::Writer writer(&body);
-    std::lock_guard lock(mutex_);
-    const auto peer = peers_.find(active->read.node);
-    if (socket_ < 0 || stopping_ || active_.size() >= kReadsMax || peer == peers_.end()) return false;
-    if (peer->second != active->read.from.endpoint) {  // replaced since we connected to it
-        peers_.erase(peer);
-        events_.push({NixlReadsEvent::Kind::lost, active->read.node});
-        return false;
+    SocketRef socket;
+    std::string request;
+    {
+        std::lock_guard lock(mutex_);
+        const auto peer = peers_.find(active->read.node);
+        if (socket_ == nullptr || stopping_ || active_.size() >= kReadsMax || peer == peers_.end()) return false;
+        if (peer->second != active->read.from.endpoint) {  // replaced since we connected to it
+            peers_.erase(peer);
+            events_.push({NixlReadsEvent::Kind::lost, active->read.node});
+            return false;
+        }
+        do {
+            next_id_ = next_id_ == UINT32_MAX ? kFirstId : next_id_ + 1;
+        } while (active_.contains(next_id_));
+        active->id = next_id_;
+        request = request_of(active->id, peer->second, runs, deadline);
+        active_.emplace(active->id, active);
+        socket = socket_;
     }
-    writer.array(4);
-    writer.str(peer->second);
-    writer.bin(runs);
-    writer.uint(kPieceBytes);
-    writer.uint(static_cast<uint64_t>(deadline * 1e9));
-    do {
-        next_id_ = next_id_ == UINT32_MAX ? kFirstId : next_id_ + 1;
-    } while (active_.contains(next_id_));
-    active->id = next_id_;
-    const std::string request = frame::make(kRead, active->id, body);
-    const ssize_t sent = ::send(socket_, request.data(), request.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (sent < 0) return false;
-    if (static_cast<size_t>(sent) < request.size()) {  // it does not read its socket: it hangs, or is far behind
-        shutdown(socket_, SHUT_RDWR);
-        return false;
-    }
-    if (deadline + kGraceS < next_deadline()) wake();
-    active_.emplace(active->id, active);
+    look_until_ = now_s() + kLookS;
+    wake();
+    // Last of all: the scheduler may well let the process read before it lets us go on.
+    std::lock_guard lock(sending_);
+    const ssize_t sent = ::send(socket->fd, request.data(), request.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent == static_cast<ssize_t>(request.size())) return true;
+    shutdown(socket->fd, SHUT_RDWR);  // it does not read its socket: it hangs, or is gone, and our thread ends the read
     return true;
 }
 
@@ -189,7 +214,7 @@ NixlReads::ActiveRef NixlReads::take(uint32_t id) {
 
 void NixlReads::run() {
     pthread_setname_np(pthread_self(), "p2pkv-nixl");
-    epoll_event events[2];
+    epoll_event events[3];
     while (true) {
         double due;
         {
@@ -197,16 +222,21 @@ void NixlReads::run() {
             if (stopping_) break;
             due = next_deadline();
         }
+        const bool look = !std::isinf(due) && now_s() < look_until_;
         const double left_ms = std::ceil((due - now_s()) * 1e3);
-        const int n = epoll_wait(epoll_, events, 2, std::isinf(due) ? -1 : static_cast<int>(std::clamp(left_ms, 0.0, 6e4)));
+        const int wait_ms = look ? 0 : std::isinf(due) ? -1 : static_cast<int>(std::clamp(left_ms, 0.0, 6e4));
+        const int n = epoll_wait(epoll_, events, 3, wait_ms);
+        if (n == 0 && look) sched_yield();
         for (int i = 0; i < n; ++i) {
-            if (events[i].data.u64 == kSocket) {
-                receive();
-                continue;
-            }
+            const uint64_t what = events[i].data.u64;
             uint64_t count;
-            [[maybe_unused]] const ssize_t got = read(wake_fd_, &count, sizeof count);
-            adopt();
+            [[maybe_unused]] ssize_t got;
+            if (what != kSocket) got = read(what == kBell ? bell_ : wake_fd_, &count, sizeof count);
+            if (what == kWake) {
+                adopt();
+            } else {
+                receive();
+            }
         }
         if (due <= now_s()) end_late(now_s());
     }
@@ -228,12 +258,14 @@ void NixlReads::adopt() {
     }
     if (offered < 0) return;
     close_socket("another NIXL process takes over");
+    {
+        std::lock_guard lock(mutex_);
+        socket_ = std::make_shared<Socket>(offered);
+    }
     epoll_event event{};
-    event.events = EPOLLIN;
+    event.events = EPOLLHUP | EPOLLRDHUP;  // what comes is announced by the bell; only the end is not
     event.data.u64 = kSocket;
     epoll_ctl(epoll_, EPOLL_CTL_ADD, offered, &event);
-    std::lock_guard lock(mutex_);
-    socket_ = offered;
 }
 
 // The process is gone, or about to be killed: its reads have failed, and may all still be written.
@@ -241,8 +273,9 @@ void NixlReads::close_socket(const char* why) {
     std::map<uint32_t, ActiveRef> active;
     {
         std::lock_guard lock(mutex_);
-        if (socket_ < 0) return;
-        ::close(std::exchange(socket_, -1));
+        if (socket_ == nullptr) return;
+        epoll_ctl(epoll_, EPOLL_CTL_DEL, socket_->fd, nullptr);
+        socket_ = nullptr;
         active.swap(active_);
     }
     events_.push({NixlReadsEvent::Kind::broken, 0});
@@ -252,10 +285,19 @@ void NixlReads::close_socket(const char* why) {
 
 void NixlReads::receive() {
     static thread_local std::vector<char> buffer(kReceiveBytes);
-    const ssize_t n = recv(socket_, buffer.data(), buffer.size(), MSG_DONTWAIT);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (n <= 0) return close_socket("the NIXL process died");
-    in_.append(buffer.data(), static_cast<size_t>(n));
+    SocketRef socket;
+    {
+        std::lock_guard lock(mutex_);
+        socket = socket_;
+    }
+    if (socket == nullptr) return;
+    ssize_t n;
+    do {  // the bell rings after what is sent, so what does not fit now rings again or is here already
+        n = recv(socket->fd, buffer.data(), buffer.size(), MSG_DONTWAIT);
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0 || (n < 0 && errno != EAGAIN)) return close_socket("the NIXL process died");
+        if (n > 0) in_.append(buffer.data(), static_cast<size_t>(n));
+    } while (n == static_cast<ssize_t>(buffer.size()));
     size_t at = 0;
     while (in_.size() - at >= frame::kHeaderBytes) {
         const frame::Header header = frame::parse(in_.data() + at);
@@ -270,6 +312,7 @@ void NixlReads::receive() {
 }
 
 bool NixlReads::on_frame(unsigned char type, uint32_t id, std::string_view body) {
+    look_until_ = now_s() + kLookS;
     if (type == kDone) return on_done(id, body);
     msgpack::Reader reader(body);
     uint64_t fields, done_bytes;
@@ -285,14 +328,12 @@ bool NixlReads::on_frame(unsigned char type, uint32_t id, std::string_view body)
         if (it == active_.end()) return true;  // it was given up
         active = it->second;
     }
-    std::string_view digests;
-    const bool checksummed = fields > 1;
-    if (done_bytes < active->landed || (checksummed && !reader.bin(&digests))) return false;
+    if (done_bytes < active->landed) return false;
     // Within a block its news come first: the engine copies while we checksum.
     const bool within = active->next < active->wanted.size() &&
                         done_bytes - active->before < active->read.lengths[active->wanted[active->next]];
     if (within) tell_ahead(*active, done_bytes);
-    land(*active, done_bytes, checksummed, digests);
+    land(*active, done_bytes);
     if (!within) tell_ahead(*active, done_bytes);
     return true;
 }
@@ -300,10 +341,10 @@ bool NixlReads::on_frame(unsigned char type, uint32_t id, std::string_view body)
 bool NixlReads::on_done(uint32_t id, std::string_view body) {
     msgpack::Reader reader(body);
     uint64_t fields, status, done_bytes;
-    std::string_view open, detail, digests;
+    std::string_view open, detail;
     bool inline_;
     if (!reader.array(&fields) || fields < 5 || !reader.uint(&status) || !reader.uint(&done_bytes) || !reader.bin(&open) ||
-        !reader.boolean(&inline_) || !reader.str(&detail) || (fields > 5 && !reader.bin(&digests)))
+        !reader.boolean(&inline_) || !reader.str(&detail))
         return false;
     const ActiveRef active = take(id);
     if (active == nullptr) {
@@ -312,7 +353,7 @@ bool NixlReads::on_done(uint32_t id, std::string_view body) {
     }
     ++reads;
     bytes_read += done_bytes;
-    land(*active, done_bytes, fields > 5, digests);
+    land(*active, done_bytes);
     // Reads that need the owner's process to take part are Python's: it asks the owner for that.
     if (status == kStatusNoPeer || status == kStatusDisconnected || !inline_) {
         drop_peer(active->read.node);
@@ -327,25 +368,19 @@ bool NixlReads::on_done(uint32_t id, std::string_view body) {
     return sane;
 }
 
-// The first `done_bytes` bytes of the read, counted along its blocks, have landed. `checksummed`: the process has taken the
-// checksums of the blocks that are finished by that; else they are taken here, while the bytes are hot.
-void NixlReads::land(Active& active, uint64_t done_bytes, bool checksummed, std::string_view digests) {
+// The first `done_bytes` bytes of the read, counted along its blocks, have landed: checksum them while they are hot.
+void NixlReads::land(Active& active, uint64_t done_bytes) {
     const NixlRead& read = active.read;
     while (active.next < active.wanted.size()) {
         const uint32_t i = active.wanted[active.next];
         const auto here = static_cast<uint32_t>(std::min<uint64_t>(done_bytes - active.before, read.lengths[i]));
-        const bool given = checksummed && here == read.lengths[i] && digests.size() >= sizeof(Digest);
-        if (given) {
-            std::memcpy(active.digests[i].data(), digests.data(), sizeof(Digest));
-            digests.remove_prefix(sizeof(Digest));
-        } else if (!checksummed && here > active.hashed) {
+        if (here > active.hashed) {
             const auto* at = reinterpret_cast<const unsigned char*>(arena_ + read.offsets[i] + active.hashed);
             hash_ops().update(&active.hash, at, here - active.hashed);
             active.hashed = here;
         }
         if (here < read.lengths[i]) break;
-        if (checksummed && !given) break;  // finished without a checksum: never good
-        if (!given) active.digests[i] = hash_ops().digest(&active.hash);
+        active.digests[i] = hash_ops().digest(&active.hash);
         if (active.digests[i] != read.from.checksums[i]) active.statuses[i] = kRejected;
         hash_ops().reset(&active.hash);
         active.before += here;

@@ -2,8 +2,8 @@
 //
 // The NIXL process (p2pkv/transport/nixl_worker.py) takes READ here, and answers READ_PROGRESS, READ_DONE and
 // QUARANTINE_CLEAR, as it does on the socket that Python has; ids from kFirstId on are this one's. A thread of its own
-// tells whoever submitted the read what has landed, in the words of IoEvent. Where the process has not taken checksums
-// (inline_reads.hpp does), it takes them, while the rest flies.
+// checksums what has landed while the rest flies, and tells whoever submitted the read, in the words of IoEvent. It sleeps
+// on an eventfd that the process rings, not on the socket (why: inline_reads.hpp).
 //
 // Python starts and supervises the process and connects it to peers; it says here which peers can be read (`set_peer`),
 // which process there is (`attach`), and when a process that died has been reaped (`detach`): only then can nothing that
@@ -60,6 +60,7 @@ class NixlReads {
     // ---- for Python
     int fd() const { return events_.fd(); }
     std::vector<NixlReadsEvent> drain() { return events_.drain(); }
+    int bell() const { return bell_; }  // for the process: it writes there after what it has sent
     void attach(int fd);  // takes a connected, non-blocking socket over
     void detach();        // the process has been reaped: reads fail, and what was held is clear
     void set_peer(uint64_t node, std::string endpoint);
@@ -74,7 +75,9 @@ class NixlReads {
     std::atomic<uint64_t> reads{0}, bytes_read{0};
 
   private:
+    struct Socket;
     struct Active;
+    using SocketRef = std::shared_ptr<Socket>;
     using ActiveRef = std::shared_ptr<Active>;
 
     void run();
@@ -82,7 +85,7 @@ class NixlReads {
     void receive();
     bool on_frame(unsigned char type, uint32_t id, std::string_view body);
     bool on_done(uint32_t id, std::string_view body);
-    void land(Active& read, uint64_t done_bytes, bool checksummed, std::string_view digests);
+    void land(Active& read, uint64_t done_bytes);
     void tell_ahead(Active& read, uint64_t done_bytes);
     void finish(const ActiveRef& read, Code code, bool open, const char* why);
     void end_late(double now);
@@ -98,15 +101,19 @@ class NixlReads {
     const uint64_t partial_bytes_;
     const int epoll_;
     const int wake_fd_;
+    const int bell_;
 
-    mutable std::mutex mutex_;  // guards what follows, and sending
-    int socket_ = -1;
+    std::mutex sending_;
+    mutable std::mutex mutex_;  // guards what follows
+    SocketRef socket_;
     int offered_ = -1;          // attach()ed, and not yet taken up by the thread
     bool reaped_ = false;       // detach()ed, likewise
     bool stopping_ = false;
     std::unordered_map<uint64_t, std::string> peers_;
     std::map<uint32_t, ActiveRef> active_;
     uint32_t next_id_ = kFirstId;
+
+    std::atomic<double> look_until_{0};
 
     // The thread's own.
     std::unordered_map<uint32_t, uint64_t> held_;  // ended reads that may still write -> bytes

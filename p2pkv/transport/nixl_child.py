@@ -119,9 +119,17 @@ class Child:
 
 
 def spawn(
-    loop: asyncio.AbstractEventLoop, name: str, arena_fd: int, arena_bytes: int, ucx: Mapping[str, str], idle_ms: float
+    loop: asyncio.AbstractEventLoop,
+    name: str,
+    arena_fd: int,
+    arena_bytes: int,
+    ucx: Mapping[str, str],
+    idle_ms: float,
+    bell_fd: int = -1,
 ) -> Child:
     """Start a child; it inherits the arena, its ends of two new socketpairs, standard error, and nothing else.
+
+    ``bell_fd``: the eventfd on which it says that it has sent something on the second socket; -1 = nobody listens there.
 
     Call it on a thread that lives as long as the agent: the kernel kills the child with the thread that started it."""
     ours, theirs = socket.socketpair()
@@ -135,6 +143,7 @@ def spawn(
             sys.executable, "-m", "p2pkv.transport.nixl_worker",
             "--fd", str(theirs.fileno()),
             "--lane-fd", str(their_lane.fileno()),
+            "--bell-fd", str(bell_fd),
             "--arena-fd", str(arena_fd),
             "--arena-bytes", str(arena_bytes),
             "--name", name,
@@ -144,7 +153,7 @@ def spawn(
         process = subprocess.Popen(
             command,
             env={**QUIET, **os.environ, **ucx, "PYTHONPATH": os.pathsep.join(paths)},
-            pass_fds=(theirs.fileno(), their_lane.fileno(), arena_fd),
+            pass_fds=[fd for fd in (theirs.fileno(), their_lane.fileno(), arena_fd, bell_fd) if fd >= 0],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )

@@ -59,6 +59,11 @@ class NativeReads:
         """Listen no longer."""
         asyncio.get_running_loop().remove_reader(self.native.fd)
 
+    @property
+    def bell_fd(self) -> int:
+        """For the process to inherit: where it says that it has sent something."""
+        return self.native.bell
+
     def attach(self, child: Child) -> None:
         """A process is ready: reads go there from now on."""
         self.native.attach(child.lane.detach())

@@ -352,7 +352,8 @@ class NixlProcess:
         self.incarnation += 1
         name = wire.agent_name(self._node, self._epoch, self.incarnation)
         options = self._options
-        self._child = spawn(self._loop, name, self._arena_fd, self._arena_bytes, options.ucx, options.idle_ms)
+        bell_fd = self._native.bell_fd if self._native is not None else -1
+        self._child = spawn(self._loop, name, self._arena_fd, self._arena_bytes, options.ucx, options.idle_ms, bell_fd)
         self._child.watch(self._on_message)
         return self._child
 

@@ -211,10 +211,7 @@ class Read(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReadProgress(msgspec.Struct, frozen=True, array_like=True):
-    """The first ``done_bytes`` bytes of the read, counted along its runs, have landed and will not change any more.
-
-    On the second socket a field may follow: the checksums (xxh3_128, 16 bytes each) of the runs that are finished by that
-    and have not been told of. Where it is missing, nobody has taken them."""
+    """The first ``done_bytes`` bytes of the read, counted along its runs, have landed and will not change any more."""
 
     done_bytes: U63
 
@@ -222,7 +219,7 @@ class ReadProgress(msgspec.Struct, frozen=True, array_like=True):
 class ReadDone(msgspec.Struct, frozen=True, array_like=True):
     """The last word on a read, in time. ``open`` (:func:`pack_extents` of the own arena) is what may still be written
     by transfers that cannot be called off: not to be reused before QUARANTINE_CLEAR, or before the child is reaped.
-    ``inline``: no piece of it needed the owner's process (see PEER_ADDED). Checksums may follow as in READ_PROGRESS."""
+    ``inline``: no piece of it needed the owner's process (see PEER_ADDED)."""
 
     status: ReadStatus
     done_bytes: U63

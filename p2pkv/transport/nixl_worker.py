@@ -133,11 +133,13 @@ class Links:
     The second one is native code's, at both ends (``native/inline_reads.hpp``): what it cannot do itself comes here.
     """
 
-    def __init__(self, supervisor: socket.socket, lane: socket.socket, fabric: NixlFabric, base: int, size: int) -> None:
+    def __init__(
+        self, supervisor: socket.socket, lane: socket.socket, bell_fd: int, fabric: NixlFabric, base: int, size: int
+    ) -> None:
         lane.setblocking(False)
         self._supervisor = Link(supervisor)
         self._lane_socket = lane
-        self._lane = _native.InlineReads(lane.fileno(), *fabric.native_calls(), base, size)
+        self._lane = _native.InlineReads(lane.fileno(), bell_fd, *fabric.native_calls(), base, size)
         self._fabric = fabric
 
     def on_inline(self, peer: Peer, inline: bool) -> None:
@@ -224,7 +226,7 @@ def start(options: argparse.Namespace, supervisor: socket.socket, lane: socket.s
         raise
     globals()["_arena"] = arena  # mapped for as long as the process lives: peers have its address
     say(wire.Ready(options.name, fabric.metadata, base, options.arena_bytes, module.__name__, version))
-    links = Links(supervisor, lane, fabric, base, options.arena_bytes)
+    links = Links(supervisor, lane, options.bell_fd, fabric, base, options.arena_bytes)
     return links, Engine(fabric, base, options.arena_bytes, on_inline=links.on_inline)
 
 
@@ -233,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="nixl_worker")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--lane-fd", type=int, required=True)
+    parser.add_argument("--bell-fd", type=int, default=-1)
     parser.add_argument("--arena-fd", type=int, required=True)
     parser.add_argument("--arena-bytes", type=int, required=True)
     parser.add_argument("--name", required=True)
