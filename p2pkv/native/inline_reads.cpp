@@ -29,9 +29,9 @@ constexpr size_t kOutBytesMax = 8 << 20;  // answers that the agent does not tak
 constexpr size_t kPieceRunsMax = 128;
 constexpr size_t kReadsMax = 1024;
 constexpr uint64_t kPieceBytesMin = 256 << 10, kPieceBytesMax = 8 << 20;
-// Whoever hears of progress works on a piece about half as long as it takes to read it. So towards the end each piece is a
-// good half of what is left, and little remains to be done after the last.
-constexpr uint64_t kTailBytes = 768 << 10;
+// Whoever hears of progress works on a piece about half as long as it takes to read it. So towards the end each piece is
+// half of what is left, and little remains to be done after the last.
+constexpr uint64_t kTailBytes = 512 << 10;
 constexpr uint64_t kPage = 4096;
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -118,6 +118,7 @@ InlineReads::ReadRef InlineReads::parse(uint32_t id, std::string_view body) cons
         run.local += base_;
         read->total += run.length;
     }
+    hash_ops().reset(&read->hash);
     return read;
 }
 
@@ -125,7 +126,7 @@ InlineReads::ReadRef InlineReads::parse(uint32_t id, std::string_view body) cons
 uint64_t InlineReads::room(const Read& read) const {
     const uint64_t left = read.total - read.done;
     if (left <= kTailBytes) return read.piece_bytes;
-    return std::min(read.piece_bytes, left * 6 / 10 / kPage * kPage);
+    return std::min(read.piece_bytes, left / 2 / kPage * kPage);
 }
 
 // One piece of the read that has waited longest.
@@ -139,15 +140,17 @@ void InlineReads::step(nb::list* handed_over) {
         return;
     }
     const uint64_t most = room(*read);
+    std::vector<Run> piece;
     nb::list local, remote;
     uint64_t length = 0;
     size_t run = read->run;
     uint64_t offset = read->offset;
     // Whole runs, or a part of one that is too long.
-    while (run < read->runs.size() && nb::len(local) < kPieceRunsMax) {
+    while (run < read->runs.size() && piece.size() < kPieceRunsMax) {
         const Run& next = read->runs[run];
         const uint64_t take = std::min(next.length - offset, most - length);
-        if (take == 0 || (take < next.length - offset && length != 0)) break;
+        if (take == 0 || (take < next.length - offset && !piece.empty())) break;
+        piece.push_back({next.remote + offset, next.local + offset, take});
         local.append(nb::make_tuple(next.local + offset, take, 0));
         remote.append(nb::make_tuple(next.remote + offset, take, 0));
         length += take;
@@ -170,6 +173,7 @@ void InlineReads::step(nb::list* handed_over) {
                                            handle.is_none() ? 0 : length, error));
         return;
     }
+    land(*read, piece);
     read->run = run;
     read->offset = offset;
     read->done += length;
@@ -179,23 +183,39 @@ void InlineReads::step(nb::list* handed_over) {
     active_.push_back(std::move(read));
 }
 
+// `pieces` begin at the run that is to be read next.
+void InlineReads::land(Read& read, const std::vector<Run>& pieces) {
+    nb::gil_scoped_release release;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        hash_ops().update(&read.hash, reinterpret_cast<const void*>(pieces[i].local), pieces[i].length);
+        const Run& whole = read.runs[read.run + i];
+        if (pieces[i].local + pieces[i].length != whole.local + whole.length) return;  // the rest of it is yet to come
+        const Digest digest = hash_ops().digest(&read.hash);
+        read.digests.append(reinterpret_cast<const char*>(digest.data()), digest.size());
+        hash_ops().reset(&read.hash);
+    }
+}
+
 void InlineReads::tell_progress(Read& read) {
     std::string body;
     msgpack::Writer writer(&body);
-    writer.array(1);
+    writer.array(2);
     writer.uint(read.done);
+    writer.bin(read.digests);
+    read.digests.clear();
     send(frame::make(kProgress, read.id, body));
 }
 
 void InlineReads::tell_done(Read& read, uint64_t status) {
     std::string body;
     msgpack::Writer writer(&body);
-    writer.array(5);
+    writer.array(6);
     writer.uint(status);
     writer.uint(read.done);
     writer.bin({});  // nothing is left that could still be written
     writer.boolean(true);
     writer.str({});
+    writer.bin(read.digests);
     ++reads_;
     send(frame::make(kDone, read.id, body));
 }

@@ -321,7 +321,11 @@ void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
         event.ahead_bytes = 0;
         send_ahead(pull, event);
     }
-    events_.push(std::move(landed));
+    if (landed.keys.empty() && !bad) {
+        events_.push_later(std::move(landed));
+    } else {
+        events_.push(std::move(landed));
+    }
     bool rest;
     {
         std::lock_guard lock(request.mutex);
