@@ -32,6 +32,8 @@ constexpr uint64_t kPieceBytesMin = 256 << 10, kPieceBytesMax = 8 << 20;
 // Whoever hears of progress works on a piece about half as long as it takes to read it. So towards the end each piece is
 // half of what is left, and little remains to be done after the last.
 constexpr uint64_t kTailBytes = 512 << 10;
+// A large block is read in such parts, so that its reader can begin with it early.
+constexpr uint64_t kPartBytes = 1 << 20;
 constexpr uint64_t kPage = 4096;
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -118,7 +120,6 @@ InlineReads::ReadRef InlineReads::parse(uint32_t id, std::string_view body) cons
         run.local += base_;
         read->total += run.length;
     }
-    hash_ops().reset(&read->hash);
     return read;
 }
 
@@ -126,7 +127,8 @@ InlineReads::ReadRef InlineReads::parse(uint32_t id, std::string_view body) cons
 uint64_t InlineReads::room(const Read& read) const {
     const uint64_t left = read.total - read.done;
     if (left <= kTailBytes) return read.piece_bytes;
-    return std::min(read.piece_bytes, left / 2 / kPage * kPage);
+    const uint64_t of_run = read.runs[read.run].length - read.offset;
+    return std::min({read.piece_bytes, left / 2 / kPage * kPage, of_run > kPartBytes ? kPartBytes : left});
 }
 
 // One piece of the read that has waited longest.
@@ -187,12 +189,9 @@ void InlineReads::step(nb::list* handed_over) {
 void InlineReads::land(Read& read, const std::vector<Run>& pieces) {
     nb::gil_scoped_release release;
     for (size_t i = 0; i < pieces.size(); ++i) {
-        hash_ops().update(&read.hash, reinterpret_cast<const void*>(pieces[i].local), pieces[i].length);
-        const Run& whole = read.runs[read.run + i];
-        if (pieces[i].local + pieces[i].length != whole.local + whole.length) return;  // the rest of it is yet to come
-        const Digest digest = hash_ops().digest(&read.hash);
+        if (pieces[i].length != read.runs[read.run + i].length) return;  // a part: the agent checksums it meanwhile
+        const Digest digest = hash_ops().oneshot(reinterpret_cast<const void*>(pieces[i].local), pieces[i].length);
         read.digests.append(reinterpret_cast<const char*>(digest.data()), digest.size());
-        hash_ops().reset(&read.hash);
     }
 }
 

@@ -5,8 +5,8 @@
 // objects. A read that turns out otherwise (a post that does not end at once, an error, a peer that is not inline) is
 // handed over, as it stands, to the engine in Python (p2pkv/transport/nixl_engine.py), which handles everything.
 //
-// What has landed is checksummed here, piece by piece, while it is in this processor's cache. One thread, which holds the
-// GIL but for waiting, copying and checksumming.
+// Blocks that come whole are checksummed here, while they are in this processor's cache; large ones come in parts, which the
+// agent checksums while the next part comes. One thread, which holds the GIL but for waiting, copying and checksumming.
 #pragma once
 #include <nanobind/nanobind.h>
 
@@ -71,8 +71,7 @@ class InlineReads {
         uint64_t total = 0, done = 0;
         size_t run = 0;       // to be read next
         uint64_t offset = 0;  // in it
-        HashState hash;       // of the run that is being read
-        std::string digests;  // of runs that have come and have not been told
+        std::string digests;  // of runs that came in one piece and have not been told
     };
     using ReadRef = std::unique_ptr<Read>;
 

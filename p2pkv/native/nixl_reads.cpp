@@ -371,27 +371,28 @@ bool NixlReads::on_done(uint32_t id, std::string_view body) {
     return sane;
 }
 
-// The first `done_bytes` bytes of the read, counted along its blocks, have landed. `checksummed`: the process has taken the
-// checksums of the blocks that are finished by that; else they are taken here, while the bytes are hot.
+// The first `done_bytes` bytes of the read, counted along its blocks, have landed. `checksummed`: `digests` are those of the
+// blocks that came whole since the last news; parts, and all others, are checksummed here, while they are hot.
 void NixlReads::land(Active& active, uint64_t done_bytes, bool checksummed, std::string_view digests) {
     const NixlRead& read = active.read;
     while (active.next < active.wanted.size()) {
         const uint32_t i = active.wanted[active.next];
         const auto here = static_cast<uint32_t>(std::min<uint64_t>(done_bytes - active.before, read.lengths[i]));
-        if (!checksummed && here > active.hashed) {
+        const bool whole = checksummed && active.hashed == 0 && here == read.lengths[i];
+        if (whole) {
+            if (digests.size() < sizeof(Digest)) break;  // without a checksum it is never good
+            std::memcpy(active.digests[i].data(), digests.data(), sizeof(Digest));
+            digests.remove_prefix(sizeof(Digest));
+        } else if (here > active.hashed) {
             const auto* at = reinterpret_cast<const unsigned char*>(arena_ + read.offsets[i] + active.hashed);
             hash_ops().update(&active.hash, at, here - active.hashed);
             active.hashed = here;
         }
         if (here < read.lengths[i]) break;
-        if (!checksummed) {
+        if (!whole) {
             active.digests[i] = hash_ops().digest(&active.hash);
             hash_ops().reset(&active.hash);
             active.hashed = 0;
-        } else {
-            if (digests.size() < sizeof(Digest)) break;  // finished without a checksum: never good
-            std::memcpy(active.digests[i].data(), digests.data(), sizeof(Digest));
-            digests.remove_prefix(sizeof(Digest));
         }
         if (active.digests[i] != read.from.checksums[i]) active.statuses[i] = kRejected;
         active.before += here;

@@ -2,8 +2,8 @@
 //
 // The NIXL process (p2pkv/transport/nixl_worker.py) takes READ here, and answers READ_PROGRESS, READ_DONE and
 // QUARANTINE_CLEAR, as it does on the socket that Python has; ids from kFirstId on are this one's. A thread of its own
-// tells whoever submitted the read what has landed, in the words of IoEvent. Where the process has not taken checksums
-// (inline_reads.hpp does), it takes them, while the rest flies. It sleeps on an eventfd that the process rings, not on the socket (why: inline_reads.hpp).
+// tells whoever submitted the read what has landed, in the words of IoEvent, and takes the checksums that the process has
+// not taken, while the rest flies. It sleeps on an eventfd that the process rings, not on the socket (why: inline_reads.hpp).
 //
 // Python starts and supervises the process and connects it to peers; it says here which peers can be read (`set_peer`),
 // which process there is (`attach`), and when a process that died has been reaped (`detach`): only then can nothing that
