@@ -14,21 +14,26 @@ namespace {
 
 constexpr size_t kSmall = 2048;  // below this memcpy does not use `rep movsb`
 
+template <bool kAway>
 __attribute__((target("avx"))) void copy_avx(char* dst, const char* src, size_t length) {
     const size_t head = -reinterpret_cast<uintptr_t>(dst) & 31;  // aligned stores: one cache line each
     std::memcpy(dst, src, head);
     dst += head, src += head, length -= head;
     for (; length >= 128; dst += 128, src += 128, length -= 128) {
-        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
-        const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 32));
-        const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 64));
-        const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 96));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(dst), a);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(dst + 32), b);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(dst + 64), c);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(dst + 96), d);
+        const auto* from = reinterpret_cast<const __m256i*>(src);
+        auto* to = reinterpret_cast<__m256i*>(dst);
+        const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1), c = _mm256_loadu_si256(from + 2),
+                      d = _mm256_loadu_si256(from + 3);
+        if constexpr (kAway) {
+            _mm256_stream_si256(to, a), _mm256_stream_si256(to + 1, b), _mm256_stream_si256(to + 2, c),
+                _mm256_stream_si256(to + 3, d);
+        } else {
+            _mm256_store_si256(to, a), _mm256_store_si256(to + 1, b), _mm256_store_si256(to + 2, c),
+                _mm256_store_si256(to + 3, d);
+        }
     }
     std::memcpy(dst, src, length);
+    if constexpr (kAway) _mm_sfence();
 }
 
 const bool has_avx = (__builtin_cpu_init(), __builtin_cpu_supports("avx") != 0);
@@ -39,7 +44,15 @@ void copy_bytes(void* dst, const void* src, size_t length) {
     if (length < kSmall || !has_avx) {
         std::memcpy(dst, src, length);
     } else {
-        copy_avx(static_cast<char*>(dst), static_cast<const char*>(src), length);
+        copy_avx<false>(static_cast<char*>(dst), static_cast<const char*>(src), length);
+    }
+}
+
+void copy_away(void* dst, const void* src, size_t length) {
+    if (length < kSmall || !has_avx) {
+        std::memcpy(dst, src, length);
+    } else {
+        copy_avx<true>(static_cast<char*>(dst), static_cast<const char*>(src), length);
     }
 }
 
@@ -50,6 +63,8 @@ void copy_bytes(void* dst, const void* src, size_t length) {
 namespace p2pkv {
 
 void copy_bytes(void* dst, const void* src, size_t length) { std::memcpy(dst, src, length); }
+
+void copy_away(void* dst, const void* src, size_t length) { std::memcpy(dst, src, length); }
 
 }  // namespace p2pkv
 

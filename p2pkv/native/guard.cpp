@@ -14,6 +14,7 @@ namespace {
 
 // Half of a typical L2: the piece is still there when the hash reads it back.
 constexpr size_t kPiece = 256 << 10;
+constexpr size_t kAwayBytes = 512 << 10;  // more than this does not stay in a core's own cache anyway
 
 // volatile: only the signal handler reads it, so the compiler would otherwise drop the stores.
 thread_local sigjmp_buf* volatile armed = nullptr;
@@ -83,8 +84,9 @@ bool expired(Job* job) {
 
 void copy_body(void* argument) {
     auto* job = static_cast<Job*>(argument);
+    const auto copy = job->length < kAwayBytes ? copy_bytes : copy_away;
     for (size_t done = 0; done < job->length && !expired(job); done += kPiece)
-        copy_bytes(job->dst + done, job->src + done, std::min(kPiece, job->length - done));
+        copy(job->dst + done, job->src + done, std::min(kPiece, job->length - done));
 }
 
 void copy_hash_body(void* argument) {
