@@ -142,17 +142,15 @@ void InlineReads::step(nb::list* handed_over) {
         return;
     }
     const uint64_t most = room(*read);
-    std::vector<Run> piece;
     nb::list local, remote;
     uint64_t length = 0;
     size_t run = read->run;
     uint64_t offset = read->offset;
     // Whole runs, or a part of one that is too long.
-    while (run < read->runs.size() && piece.size() < kPieceRunsMax) {
+    while (run < read->runs.size() && nb::len(local) < kPieceRunsMax) {
         const Run& next = read->runs[run];
         const uint64_t take = std::min(next.length - offset, most - length);
-        if (take == 0 || (take < next.length - offset && !piece.empty())) break;
-        piece.push_back({next.remote + offset, next.local + offset, take});
+        if (take == 0 || (take < next.length - offset && length != 0)) break;
         local.append(nb::make_tuple(next.local + offset, take, 0));
         remote.append(nb::make_tuple(next.remote + offset, take, 0));
         length += take;
@@ -175,7 +173,6 @@ void InlineReads::step(nb::list* handed_over) {
                                            handle.is_none() ? 0 : length, error));
         return;
     }
-    land(*read, piece);
     read->run = run;
     read->offset = offset;
     read->done += length;
@@ -185,36 +182,23 @@ void InlineReads::step(nb::list* handed_over) {
     active_.push_back(std::move(read));
 }
 
-// `pieces` begin at the run that is to be read next.
-void InlineReads::land(Read& read, const std::vector<Run>& pieces) {
-    nb::gil_scoped_release release;
-    for (size_t i = 0; i < pieces.size(); ++i) {
-        if (pieces[i].length != read.runs[read.run + i].length) return;  // a part: the agent checksums it meanwhile
-        const Digest digest = hash_ops().oneshot(reinterpret_cast<const void*>(pieces[i].local), pieces[i].length);
-        read.digests.append(reinterpret_cast<const char*>(digest.data()), digest.size());
-    }
-}
-
 void InlineReads::tell_progress(Read& read) {
     std::string body;
     msgpack::Writer writer(&body);
-    writer.array(2);
+    writer.array(1);
     writer.uint(read.done);
-    writer.bin(read.digests);
-    read.digests.clear();
     send(frame::make(kProgress, read.id, body));
 }
 
 void InlineReads::tell_done(Read& read, uint64_t status) {
     std::string body;
     msgpack::Writer writer(&body);
-    writer.array(6);
+    writer.array(5);
     writer.uint(status);
     writer.uint(read.done);
     writer.bin({});  // nothing is left that could still be written
     writer.boolean(true);
     writer.str({});
-    writer.bin(read.digests);
     ++reads_;
     send(frame::make(kDone, read.id, body));
 }

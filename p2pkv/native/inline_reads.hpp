@@ -5,8 +5,7 @@
 // objects. A read that turns out otherwise (a post that does not end at once, an error, a peer that is not inline) is
 // handed over, as it stands, to the engine in Python (p2pkv/transport/nixl_engine.py), which handles everything.
 //
-// Blocks that come whole are checksummed here, while they are in this processor's cache; large ones come in parts, which the
-// agent checksums while the next part comes. One thread, which holds the GIL but for waiting, copying and checksumming.
+// One thread, which holds the GIL but for waiting and copying.
 #pragma once
 #include <nanobind/nanobind.h>
 
@@ -17,8 +16,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include "hash.hpp"
 
 namespace p2pkv {
 
@@ -71,7 +68,6 @@ class InlineReads {
         uint64_t total = 0, done = 0;
         size_t run = 0;       // to be read next
         uint64_t offset = 0;  // in it
-        std::string digests;  // of runs that came in one piece and have not been told
     };
     using ReadRef = std::unique_ptr<Read>;
 
@@ -79,7 +75,6 @@ class InlineReads {
     ReadRef parse(uint32_t id, std::string_view body) const;
     void step(nanobind::list* handed_over);
     uint64_t room(const Read& read) const;
-    void land(Read& read, const std::vector<Run>& pieces);
     void tell_progress(Read& read);
     void tell_done(Read& read, uint64_t status);
     void flush();

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
-#include <cstring>
 
 #include "frame.hpp"
 #include "msgpack.hpp"
@@ -329,14 +328,12 @@ bool NixlReads::on_frame(unsigned char type, uint32_t id, std::string_view body)
         if (it == active_.end()) return true;  // it was given up
         active = it->second;
     }
-    std::string_view digests;
-    const bool checksummed = fields > 1;
-    if (done_bytes < active->landed || (checksummed && !reader.bin(&digests))) return false;
+    if (done_bytes < active->landed) return false;
     // Within a block its news come first: the engine copies while we checksum.
     const bool within = active->next < active->wanted.size() &&
                         done_bytes - active->before < active->read.lengths[active->wanted[active->next]];
     if (within) tell_ahead(*active, done_bytes);
-    land(*active, done_bytes, checksummed, digests);
+    land(*active, done_bytes);
     if (!within) tell_ahead(*active, done_bytes);
     return true;
 }
@@ -344,10 +341,10 @@ bool NixlReads::on_frame(unsigned char type, uint32_t id, std::string_view body)
 bool NixlReads::on_done(uint32_t id, std::string_view body) {
     msgpack::Reader reader(body);
     uint64_t fields, status, done_bytes;
-    std::string_view open, detail, digests;
+    std::string_view open, detail;
     bool inline_;
     if (!reader.array(&fields) || fields < 5 || !reader.uint(&status) || !reader.uint(&done_bytes) || !reader.bin(&open) ||
-        !reader.boolean(&inline_) || !reader.str(&detail) || (fields > 5 && !reader.bin(&digests)))
+        !reader.boolean(&inline_) || !reader.str(&detail))
         return false;
     const ActiveRef active = take(id);
     if (active == nullptr) {
@@ -356,7 +353,7 @@ bool NixlReads::on_done(uint32_t id, std::string_view body) {
     }
     ++reads;
     bytes_read += done_bytes;
-    land(*active, done_bytes, fields > 5, digests);
+    land(*active, done_bytes);
     // Reads that need the owner's process to take part are Python's: it asks the owner for that.
     if (status == kStatusNoPeer || status == kStatusDisconnected || !inline_) {
         drop_peer(active->read.node);
@@ -371,31 +368,23 @@ bool NixlReads::on_done(uint32_t id, std::string_view body) {
     return sane;
 }
 
-// The first `done_bytes` bytes of the read, counted along its blocks, have landed. `checksummed`: `digests` are those of the
-// blocks that came whole since the last news; parts, and all others, are checksummed here, while they are hot.
-void NixlReads::land(Active& active, uint64_t done_bytes, bool checksummed, std::string_view digests) {
+// The first `done_bytes` bytes of the read, counted along its blocks, have landed: checksum them while they are hot.
+void NixlReads::land(Active& active, uint64_t done_bytes) {
     const NixlRead& read = active.read;
     while (active.next < active.wanted.size()) {
         const uint32_t i = active.wanted[active.next];
         const auto here = static_cast<uint32_t>(std::min<uint64_t>(done_bytes - active.before, read.lengths[i]));
-        const bool whole = checksummed && active.hashed == 0 && here == read.lengths[i];
-        if (whole) {
-            if (digests.size() < sizeof(Digest)) break;  // without a checksum it is never good
-            std::memcpy(active.digests[i].data(), digests.data(), sizeof(Digest));
-            digests.remove_prefix(sizeof(Digest));
-        } else if (here > active.hashed) {
+        if (here > active.hashed) {
             const auto* at = reinterpret_cast<const unsigned char*>(arena_ + read.offsets[i] + active.hashed);
             hash_ops().update(&active.hash, at, here - active.hashed);
             active.hashed = here;
         }
         if (here < read.lengths[i]) break;
-        if (!whole) {
-            active.digests[i] = hash_ops().digest(&active.hash);
-            hash_ops().reset(&active.hash);
-            active.hashed = 0;
-        }
+        active.digests[i] = hash_ops().digest(&active.hash);
         if (active.digests[i] != read.from.checksums[i]) active.statuses[i] = kRejected;
+        hash_ops().reset(&active.hash);
         active.before += here;
+        active.hashed = 0;
         active.unreported += here;
         ++active.next;
     }

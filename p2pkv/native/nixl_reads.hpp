@@ -2,8 +2,8 @@
 //
 // The NIXL process (p2pkv/transport/nixl_worker.py) takes READ here, and answers READ_PROGRESS, READ_DONE and
 // QUARANTINE_CLEAR, as it does on the socket that Python has; ids from kFirstId on are this one's. A thread of its own
-// tells whoever submitted the read what has landed, in the words of IoEvent, and takes the checksums that the process has
-// not taken, while the rest flies. It sleeps on an eventfd that the process rings, not on the socket (why: inline_reads.hpp).
+// checksums what has landed while the rest flies, and tells whoever submitted the read, in the words of IoEvent. It sleeps
+// on an eventfd that the process rings, not on the socket (why: inline_reads.hpp).
 //
 // Python starts and supervises the process and connects it to peers; it says here which peers can be read (`set_peer`),
 // which process there is (`attach`), and when a process that died has been reaped (`detach`): only then can nothing that
@@ -85,7 +85,7 @@ class NixlReads {
     void receive();
     bool on_frame(unsigned char type, uint32_t id, std::string_view body);
     bool on_done(uint32_t id, std::string_view body);
-    void land(Active& read, uint64_t done_bytes, bool checksummed, std::string_view digests);
+    void land(Active& read, uint64_t done_bytes);
     void tell_ahead(Active& read, uint64_t done_bytes);
     void finish(const ActiveRef& read, Code code, bool open, const char* why);
     void end_late(double now);

@@ -1,5 +1,6 @@
 #include "transfer.hpp"
 
+#include <sched.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 
@@ -17,6 +18,7 @@ constexpr size_t kRefusalBytesMax = 8192;
 constexpr size_t kPiece = 256 << 10;       // hashed while still in L2
 constexpr uint64_t kTurnBytes = 4 << 20;   // then another transfer of this thread gets its turn
 constexpr size_t kSendfileBytes = 1 << 20;
+constexpr auto kPinLook = std::chrono::microseconds(150);
 constexpr uint64_t kBeginBytes = 256 << 10;  // some 30 us of the event loop's time; waking a thread costs as much
 
 uint32_t load32(const unsigned char* p) {
@@ -202,6 +204,16 @@ void Receive::fill_final(IoEvent* event) { report(event); }
 Pin::Pin(uint64_t job, int fd, Limits limits, std::string request, std::vector<uint32_t> lengths,
          std::shared_ptr<PinAnswer> out)
     : Asking(job, fd, limits, std::move(request)), lengths_(std::move(lengths)), out_(std::move(out)) {}
+
+Transfer::Want Pin::begin() {
+    Want want = Asking::begin();
+    const auto until = Clock::now() + kPinLook;
+    while (want == Want::read && Clock::now() < until) {
+        sched_yield();
+        want = step();
+    }
+    return want;
+}
 
 bool Pin::expects(unsigned char type, size_t body_bytes) const {
     const size_t least = 8 + lengths_.size() * kPinnedRecordBytes;

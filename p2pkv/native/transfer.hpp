@@ -178,6 +178,8 @@ class Pin final : public Asking {
   public:
     Pin(uint64_t job, int fd, Limits limits, std::string request, std::vector<uint32_t> lengths,
         std::shared_ptr<PinAnswer> out);
+    // The owner answers in less time than it takes to wake another thread for it: looks for the answer that long.
+    Want begin() override;
     void fill_final(IoEvent* event) override { event->waited_s = waited_s(); }
 
   private:

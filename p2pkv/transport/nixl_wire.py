@@ -211,10 +211,7 @@ class Read(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReadProgress(msgspec.Struct, frozen=True, array_like=True):
-    """The first ``done_bytes`` bytes of the read, counted along its runs, have landed and will not change any more.
-
-    On the second socket a field may follow: the checksums (xxh3_128, 16 bytes each) of the runs that are finished by that
-    and have not been told of; READ_DONE likewise. Where it is missing, nobody has taken them."""
+    """The first ``done_bytes`` bytes of the read, counted along its runs, have landed and will not change any more."""
 
     done_bytes: U63
 
