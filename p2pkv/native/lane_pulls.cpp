@@ -260,8 +260,8 @@ void Lane::settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed) {
         }
         if (status != kOk && event.token == 0) store_.abort(block);
         if (status != kOk && event.token != 0) store_.park(*block, event.token);
-        landed->rejected += status == kRejected;
-        landed->missed += status == kMiss;
+        pull.rejected += status == kRejected;
+        pull.missed += status == kMiss;
         std::lock_guard lock(request.mutex);
         request.failed[index] = status == kOk ? kLost : status;
     }
@@ -312,6 +312,8 @@ void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
     landed.final = true;
     landed.blocks = pull.came;
     landed.failed = pull.indices.size() - pull.came;
+    landed.rejected = pull.rejected;
+    landed.missed = pull.missed;
     landed.bytes = event.bytes;
     landed.waited_s = event.waited_s;
     landed.detail = std::move(event.detail);

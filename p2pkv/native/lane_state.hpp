@@ -76,6 +76,7 @@ struct Lane::Pull {
     std::vector<store::BlockRef> blocks;
     size_t done = 0;      // of them, committed or aborted
     uint64_t came = 0;    // committed
+    uint64_t rejected = 0, missed = 0;  // of the others
     bool told_ahead = false;
 };
 

@@ -269,6 +269,17 @@ def _advise(memory: _native.Mapping, advice: int) -> bool:
     return bool(libc.madvise(ctypes.c_void_p(memory.address), ctypes.c_size_t(len(memory)), advice) == 0)
 
 
+def shared_memory_collapses() -> bool:
+    """Whether this kernel makes shared memory huge when it is told to: tries it on 2 MiB."""
+    fd = os.memfd_create("p2pkv-try", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, HUGE_PAGE_BYTES)
+        memory = _native.Mapping(fd, HUGE_PAGE_BYTES, True)
+        return _advise(memory, mmap.MADV_HUGEPAGE) and _collapse(memory.address, len(memory))
+    finally:
+        os.close(fd)
+
+
 def _collapse(address: int, length: int) -> bool:
     """Whether this kernel makes shared memory huge when it is told to (MADV_COLLAPSE): tries it on the first 2 MiB."""
     return length >= HUGE_PAGE_BYTES and _native.collapse(address, HUGE_PAGE_BYTES) == HUGE_PAGE_BYTES

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from p2pkv.cli.checks.base import Check, Status, read_text, size
 from p2pkv.config import Store, parse_size
+from p2pkv.store.arena import shared_memory_collapses
 from p2pkv.store.memory import HUGE_PAGE_BYTES, THP, AvailableMemory, free_huge_pages, shared_thp_allowed
 
 ROOT: Final = Path("/")
@@ -51,7 +53,9 @@ def check_memory_lock(store: Store, arena: int, root: Path = ROOT, limit: int | 
     return Check("memory lock", Status.WARN, value, "Matters for RDMA and store.lock_memory only: " + hint)
 
 
-def check_huge_pages(store: Store, arena: int, root: Path = ROOT) -> Check:
+def check_huge_pages(
+    store: Store, arena: int, root: Path = ROOT, collapses: Callable[[], bool] = shared_memory_collapses
+) -> Check:
     """The arena can have large pages: fewer TLB misses and page faults on every copy."""
     free = free_huge_pages(root)
     needed = -(-arena // HUGE_PAGE_BYTES)
@@ -65,6 +69,8 @@ def check_huge_pages(store: Store, arena: int, root: Path = ROOT) -> Check:
         return Check("huge pages", Status.FAIL, value, f"As root: {reserve}; or set store.huge_pages: auto.")
     if shared_thp_allowed(root):
         return Check("huge pages", Status.OK, f"transparent, also for shared memory; {free} reserved")
+    if collapses():
+        return Check("huge pages", Status.OK, f"transparent, by MADV_COLLAPSE; {free} reserved")
     setting = Path("/") / THP / "shmem_enabled"
     hint = f"Works with 4 KiB pages, but slower. As root: echo advise > {setting}; or {reserve}."
     return Check("huge pages", Status.WARN, f"not transparent for shared memory; {free} reserved", hint)

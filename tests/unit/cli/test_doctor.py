@@ -74,10 +74,15 @@ class TestMemory:
         self, fake: Fake, reserved: int, shmem: str, mode: Literal["auto", "huge", "thp", "none"], status: Status
     ) -> None:
         root = fake({f"{HUGETLB_POOL}/free_hugepages": str(reserved), f"{THP}/shmem_enabled": f"always [{shmem}]"})
-        check = memory.check_huge_pages(Store(huge_pages=mode), GIB, root)
+        check = memory.check_huge_pages(Store(huge_pages=mode), GIB, root, lambda: False)
         assert check.status is status
         if status is not Status.OK:
             assert "vm.nr_hugepages=512" in check.hint
+
+    def test_a_kernel_that_collapses_shared_memory_needs_no_setting_for_huge_pages(self, fake: Fake) -> None:
+        root = fake({f"{THP}/shmem_enabled": "always [never]"})
+        check = memory.check_huge_pages(Store(huge_pages="auto"), GIB, root, lambda: True)
+        assert check.status is Status.OK and "MADV_COLLAPSE" in check.value
 
     def test_memfd_and_shared_memory_are_looked_at_for_real(self, tmp_path: Path) -> None:
         assert memory.check_memfd().status is Status.OK

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from p2pkv import _native
 from p2pkv.errors import ConfigError, InvalidArgument, LocalProtocolError, OutOfSpace
 from p2pkv.store import arena as arena_module
 from p2pkv.store.arena import Arena, ArenaPages
-from p2pkv.store.memory import available_memory, free_huge_pages, shared_thp_allowed
+from p2pkv.store.memory import available_memory, free_huge_pages
 
 MIB = 1 << 20
 
@@ -93,7 +94,14 @@ def test_the_arena_cannot_change_its_size_under_those_who_map_it(arena: Arena) -
     os.close(fd)
 
 
-def test_populating_makes_the_pages_and_keeps_what_is_in_them(arena: Arena) -> None:
+@pytest.fixture
+def without_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel before 6.1, which gives shared memory huge pages where the system's settings say so, and nowhere else."""
+    monkeypatch.setattr(arena_module, "_collapse", lambda address, length: False)
+
+
+def test_populating_makes_the_pages_and_keeps_what_is_in_them() -> None:
+    arena = Arena.create(4 * MIB, huge="none")
     arena.view(8192, 4)[:] = b"keep"
     before = pages_present(arena)
     arena.populate(4096 + 7, MIB)  # any offset, any length
@@ -102,6 +110,7 @@ def test_populating_makes_the_pages_and_keeps_what_is_in_them(arena: Arena) -> N
     arena.populate(0, arena.capacity_bytes)
     assert pages_present(arena) == 1024
     arena.populate(0, 0)
+    arena.close()
 
 
 def test_populating_large_areas_goes_in_steps(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,12 +198,16 @@ def test_asking_for_huge_pages_that_are_not_reserved_says_how_to_reserve_them(tm
     assert "vm.nr_hugepages=4" in caught.value.hint
 
 
+@pytest.mark.usefixtures("without_collapse")
 def test_asking_for_transparent_huge_pages_that_are_off_says_how_to_get_them(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(ConfigError, match="no transparent huge pages") as caught:
         Arena.create(8 * MIB, huge="thp", root=fake_host(tmp_path))
     assert "shmem_enabled" in caught.value.hint
+    assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.mark.usefixtures("without_collapse")
 def test_auto_falls_back_to_small_pages_and_says_why(tmp_path: Path) -> None:
     made = Arena.create(4 * MIB, root=fake_host(tmp_path))
     assert (made.backing.pages, made.backing.page_bytes) == (ArenaPages.SMALL, 4096)
@@ -209,6 +222,7 @@ def test_auto_takes_transparent_huge_pages_where_they_are_allowed(tmp_path: Path
     made.close()
 
 
+@pytest.mark.usefixtures("without_collapse")
 def test_huge_pages_that_are_gone_when_they_are_asked_for_end_in_the_next_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +251,7 @@ def test_a_system_without_memfd_is_refused_in_words(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_memfd_that_cannot_be_mapped_leaves_no_descriptor_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(fd: int, length: int) -> mmap.mmap:
+    def refuse(fd: int, length: int) -> _native.Mapping:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(arena_module, "_map", refuse)
@@ -264,13 +278,22 @@ def test_huge_pages_are_used_where_they_are_reserved() -> None:
     assert free_huge_pages() == before
 
 
-@pytest.mark.skipif(not shared_thp_allowed(), reason="transparent huge pages are off for shared memory on this host")
-def test_transparent_huge_pages_really_come() -> None:
-    made = Arena.create(64 * MIB, huge="thp")
-    made.populate(0, made.capacity_bytes)
+def pmd_mapped_kib() -> int:
     areas = Path("/proc/self/smaps").read_text().split("/memfd:p2pkv-arena")[1]
-    pmd_mapped = next(line for line in areas.splitlines() if line.startswith("ShmemPmdMapped:"))
-    assert int(pmd_mapped.split()[1]) > 0
+    return int(next(line for line in areas.splitlines() if line.startswith("ShmemPmdMapped:")).split()[1])
+
+
+@pytest.mark.parametrize("setting", ["[never]", "[advise]"])
+def test_huge_pages_really_come_whatever_the_systems_setting(tmp_path: Path, setting: str) -> None:
+    made = Arena.create(64 * MIB, root=fake_host(tmp_path, shmem=setting))
+    if made.backing.pages is not ArenaPages.THP:
+        made.close()
+        pytest.skip("THIS KERNEL DOES NOT COLLAPSE SHARED MEMORY (MADV_COLLAPSE, since Linux 6.1)")
+    content = os.urandom(5 * MIB)
+    made.view(3 * MIB, len(content))[:] = content
+    made.populate(0, made.capacity_bytes)
+    assert pmd_mapped_kib() == 64 << 10
+    assert made.view(3 * MIB, len(content)) == content
     made.close()
 
 

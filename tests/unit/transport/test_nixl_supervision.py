@@ -49,7 +49,9 @@ class Script:
         ours.setblocking(False)
         self.sock.setblocking(False)
         self.decoder = FrameDecoder()
-        child = Child(ScriptedProcess(), ours, loop)  # type: ignore[arg-type]
+        lane, theirs = socket.socketpair()
+        theirs.close()
+        child = Child(ScriptedProcess(), ours, lane, loop)  # type: ignore[arg-type]
         self.say((wire.Ready(name, b"metadata", 1 << 40, arena_bytes, "nixl_fake", "0"), 0))
         self.spawned.set()
         return child
