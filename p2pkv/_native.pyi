@@ -161,7 +161,8 @@ class Pool:
     def idle_at(self, node: int) -> int: ...
 
 class NixlReads:
-    """One-sided reads by the NIXL process for the lane (``native/nixl_reads.hpp``). ``fd``: :meth:`drain` has something.
+    """One-sided reads by the NIXL process for the lane (``native/nixl_reads.hpp``). ``fd``: :meth:`drain` has
+    something.
 
     The arena at ``arena`` stays mapped until :meth:`stop` has returned."""
 
@@ -212,8 +213,8 @@ class InlineReads:
     def serve(
         self, seconds: float, other_fd: int, other_full: bool, pieces: int
     ) -> tuple[list[tuple[int, bytes, int, int | None, int, Exception | None]], bool]:
-        """Wait, then read. Returns reads to be gone on with, and whether ``other_fd`` has something (or, when it was full,
-        room).
+        """Wait, then read. Returns reads to be gone on with, and whether ``other_fd`` has something (or room, when it
+        was full).
 
         Raises:
             RuntimeError: the agent is gone, or does not keep to the protocol.

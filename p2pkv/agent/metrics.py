@@ -147,6 +147,7 @@ class AgentCollector(Collector):
         yield served
         yield _counter("p2pkv_served_blocks", "Blocks sent to peers over tcp.", server.blocks_served)
         yield _counter("p2pkv_served_requests", "Reads that peers asked for over tcp.", server.gets)
+        yield _counter("p2pkv_served_pins", "Reads over nixl that peers asked to hold blocks for.", server.pins)
         yield _counter("p2pkv_served_busy", "Of them, refused: the peer held as much as it may.", server.refused)
         yield _counter(
             "p2pkv_served_cut_off", "Answers that a peer did not take before its lease was over.", server.cut_off

@@ -129,7 +129,7 @@ def spawn(
 ) -> Child:
     """Start a child; it inherits the arena, its ends of two new socketpairs, standard error, and nothing else.
 
-    ``bell_fd``: the eventfd on which it says that it has sent something on the second socket; -1 = nobody listens there.
+    ``bell_fd``: the eventfd that it rings after what it sends on the second socket; -1 = nobody listens there.
 
     Call it on a thread that lives as long as the agent: the kernel kills the child with the thread that started it."""
     ours, theirs = socket.socketpair()

@@ -1,8 +1,8 @@
 """Reads that native code asks the NIXL process for by itself, as far as the process's supervisor has to know of them.
 
 The native half is ``native/nixl_reads.hpp``: it has a socket of its own to the process, and slots that late bytes may
-still reach stay parked there until it says otherwise. Here: which process there is, which peers can be read, how much is
-parked (the supervisor bounds that), and signs that the process hangs.
+still reach stay parked there until it says otherwise. Here: which process there is, how much is parked (the supervisor
+bounds that), and signs that the process hangs.
 """
 
 from __future__ import annotations

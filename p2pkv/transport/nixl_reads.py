@@ -113,7 +113,6 @@ class ReadOp:
         remote = [(self.remote[i], lengths[i], 0) for i in range(first, end)]
         return local, remote, length
 
-
     def skip(self, length: int) -> Table:
         """Leave out the next so many bytes, because somebody else has posted them; returns their own extents."""
         table: Table = []

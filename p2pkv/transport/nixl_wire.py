@@ -10,8 +10,8 @@ the final answer and the end of its quarantine all carry it, and an agent never 
     STATS                              STATS_REPLY
                                        READY once, before anything else; or FATAL instead of it
 
-There are two sockets to a child: the supervisor's, for all of this, and a second one on which native code asks for READs
-(``native/nixl_reads.hpp``). A read's id says which of the two it belongs to: see :data:`LANE_ID_MIN`.
+There are two sockets to a child: the supervisor's, for all of this, and a second one on which native code asks for
+READs (``native/nixl_reads.hpp``). A read's id says which of the two it belongs to: see :data:`LANE_ID_MIN`.
 
 Deadlines are absolute: nanoseconds of CLOCK_MONOTONIC, which parent and child share, so that time spent in the socket
 counts. Runs travel packed, because a read may have thousands and both sides handle them as arrays.

@@ -1,4 +1,4 @@
-"""The NIXL child: ``python -m p2pkv.transport.nixl_worker --fd N --lane-fd L --arena-fd M ...``, started by :mod:`.nixl_process`.
+"""The NIXL child: ``python -m p2pkv.transport.nixl_worker --fd N --lane-fd L ...``, started by :mod:`.nixl_process`.
 
 It maps the arena that it inherits, registers it with NIXL once, and moves bytes when its agent says so over the two
 sockets that it inherits. It sleeps on them while nothing flies; it spins, then naps, while something does. It has

@@ -96,7 +96,7 @@ def test_the_arena_cannot_change_its_size_under_those_who_map_it(arena: Arena) -
 
 @pytest.fixture
 def without_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel before 6.1, which gives shared memory huge pages where the system's settings say so, and nowhere else."""
+    """A kernel before 6.1: it gives shared memory huge pages only where the system's settings say so."""
     monkeypatch.setattr(arena_module, "_collapse", lambda address, length: False)
 
 
