@@ -177,6 +177,9 @@ class NixlReads:
     def detach(self) -> None:
         """That process has been reaped: nothing it had begun can land any more."""
 
+    def want(self, node: int, wanted: bool) -> None:
+        """Whether a node is to be read one-sided: if so, native code never reads it in another way, connected or not."""
+
     def set_peer(self, node: int, endpoint: str) -> None: ...
     def drop_peer(self, node: int) -> None: ...
     def reads_from(self, node: int) -> bool: ...

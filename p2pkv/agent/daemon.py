@@ -241,7 +241,9 @@ class Agent:
         self.network.set_card(card)
 
     def _on_peer_change(self, peer: PeerView) -> None:
-        if not peer.alive:
+        if peer.alive:
+            self.transports.review(int(peer.node))
+        else:
             self.transports.peer_gone(int(peer.node))
 
     def _heard_at(self, node: int) -> float:

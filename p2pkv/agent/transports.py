@@ -151,9 +151,12 @@ class Transports:
     def pick(self, node: int) -> Transport:
         """The transport for a pull from this node, now."""
         transport = self._pick(node)
-        if transport is self.nixl and not self.nixl.reads_natively(node):
-            self.tcp.pool.drop(node)  # native code would take an idle connection for a read over TCP, without asking us
+        self.nixl_reads.want(node, transport is self.nixl)
         return transport
+
+    def review(self, node: int) -> None:
+        """What this node offers, or what we can do, has changed: native code, which does not ask, has to know."""
+        self.pick(node)
 
     def _prepare(self, node: int) -> None:
         """Native code asks owners on idle data connections: have one, for the next time."""
@@ -166,6 +169,8 @@ class Transports:
     def _on_nixl_endpoint(self) -> None:
         endpoint = self._nixl.process.ready
         self.server.set_endpoint(endpoint.name if endpoint is not None else "")
+        for peer in self._network.peers():
+            self.review(int(peer.node))
         self._on_change()
 
     def _pick(self, node: int) -> Transport:
@@ -195,5 +200,6 @@ class Transports:
     def peer_gone(self, node: int) -> None:
         """Drop what is kept for a peer that is unreachable or has left."""
         self.tcp.peer_gone(node)
+        self.nixl_reads.want(node, False)
         if self.nixl is not None:
             self.nixl.peer_gone(node)

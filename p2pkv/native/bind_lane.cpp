@@ -59,6 +59,7 @@ void bind_lane(nb::module_& m) {
         .def_prop_ro("bell", &NixlReads::bell)
         .def("attach", &NixlReads::attach, "fd"_a)
         .def("detach", &NixlReads::detach)
+        .def("want", &NixlReads::want, "node"_a, "wanted"_a)
         .def("set_peer", &NixlReads::set_peer, "node"_a, "endpoint"_a)
         .def("drop_peer", &NixlReads::drop_peer, "node"_a)
         .def("reads_from", &NixlReads::reads_from, "node"_a)

@@ -103,7 +103,7 @@ InlineReads::ReadRef InlineReads::parse(uint32_t id, std::string_view body) cons
         return nullptr;
     const auto known = peers_.find(peer);
     const size_t count = runs.size() / kRunBytes;
-    if (known == peers_.end() || active_.size() >= kReadsMax || count == 0 || count > kRunsMax || runs.size() % kRunBytes)
+    if (piece_bytes == 0 || known == peers_.end() || active_.size() >= kReadsMax || count == 0 || count > kRunsMax || runs.size() % kRunBytes)
         return nullptr;
     auto read = std::make_unique<Read>();
     read->id = id;

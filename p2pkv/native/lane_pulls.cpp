@@ -81,12 +81,13 @@ bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared
     const size_t turn = next_job_ % holders;  // so that no holder of a hot block is asked most
     for (size_t h = 0; h < holders && pulls->empty(); ++h) {
         const uint32_t slot = slots[(turn + h) % holders];
-        bool one_sided = false;
+        const NixlReads::Way way = nixl_ == nullptr ? NixlReads::Way::tcp : nixl_->way_to(pool_.node_of(slot));
+        if (way == NixlReads::Way::not_now) continue;
+        const bool one_sided = way == NixlReads::Way::one_sided;
+        streams = one_sided ? 1 : streams_over_tcp;
         do {
             const Pool::Taken taken = pool_.take_slot(slot);
             if (taken.fd < 0) break;
-            one_sided = nixl_ != nullptr && nixl_->reads_from(taken.node);
-            streams = one_sided ? 1 : streams_over_tcp;
             auto pull = std::make_shared<Pull>();
             pull->request = request;
             pull->slot = slot;

@@ -144,6 +144,21 @@ bool NixlReads::reads_from(uint64_t node) const {
     return socket_ != nullptr && peers_.contains(node);
 }
 
+void NixlReads::want(uint64_t node, bool wanted) {
+    std::lock_guard lock(mutex_);
+    if (wanted) {
+        wanted_.insert(node);
+    } else {
+        wanted_.erase(node);
+    }
+}
+
+NixlReads::Way NixlReads::way_to(uint64_t node) const {
+    std::lock_guard lock(mutex_);
+    if (!wanted_.contains(node)) return Way::tcp;
+    return socket_ != nullptr && peers_.contains(node) ? Way::one_sided : Way::not_now;
+}
+
 // --- reading
 
 bool NixlReads::submit(NixlRead read) {
@@ -240,7 +255,7 @@ void NixlReads::run() {
         }
         if (due <= now_s()) end_late(now_s());
     }
-    close_socket("the agent stops");  // what is held stays held: the NIXL process may live on for a moment
+    end_reads("the agent stops");  // what is held stays held: the NIXL process may live on for a moment
 }
 
 // What attach and detach have left.
@@ -253,11 +268,11 @@ void NixlReads::adopt() {
         offered = std::exchange(offered_, -1);
     }
     if (reaped) {
-        close_socket("the NIXL process died");
+        end_reads("the NIXL process died");
         clear_all();
     }
     if (offered < 0) return;
-    close_socket("another NIXL process takes over");
+    end_reads("another NIXL process takes over");
     {
         std::lock_guard lock(mutex_);
         socket_ = std::make_shared<Socket>(offered);
@@ -268,8 +283,14 @@ void NixlReads::adopt() {
     epoll_ctl(epoll_, EPOLL_CTL_ADD, offered, &event);
 }
 
-// The process is gone, or about to be killed: its reads have failed, and may all still be written.
-void NixlReads::close_socket(const char* why) {
+// The socket has ended, or what came makes no sense: the process is of no use any more.
+void NixlReads::on_broken(const char* why) {
+    events_.push({NixlReadsEvent::Kind::broken, 0});
+    end_reads(why);
+}
+
+// Close the socket. Reads fail, and may all still be written.
+void NixlReads::end_reads(const char* why) {
     std::map<uint32_t, ActiveRef> active;
     {
         std::lock_guard lock(mutex_);
@@ -278,7 +299,6 @@ void NixlReads::close_socket(const char* why) {
         socket_ = nullptr;
         active.swap(active_);
     }
-    events_.push({NixlReadsEvent::Kind::broken, 0});
     in_.clear();
     for (const auto& [id, read] : active) finish(read, Code::closed, true, why);
 }
@@ -295,18 +315,18 @@ void NixlReads::receive() {
     do {  // the bell rings after what is sent, so what does not fit now rings again or is here already
         n = recv(socket->fd, buffer.data(), buffer.size(), MSG_DONTWAIT);
         if (n < 0 && errno == EINTR) continue;
-        if (n == 0 || (n < 0 && errno != EAGAIN)) return close_socket("the NIXL process died");
+        if (n == 0 || (n < 0 && errno != EAGAIN)) return on_broken("the NIXL process died");
         if (n > 0) in_.append(buffer.data(), static_cast<size_t>(n));
     } while (n == static_cast<ssize_t>(buffer.size()));
     size_t at = 0;
     while (in_.size() - at >= frame::kHeaderBytes) {
         const frame::Header header = frame::parse(in_.data() + at);
         if (header.version != frame::kVersion || header.length > kBodyBytesMax)
-            return close_socket("the NIXL process talks nonsense");
+            return on_broken("the NIXL process talks nonsense");
         if (in_.size() - at - frame::kHeaderBytes < header.length) break;
         const std::string_view body(in_.data() + at + frame::kHeaderBytes, header.length);
         at += frame::kHeaderBytes + header.length;
-        if (!on_frame(header.type, header.request_id, body)) return close_socket("the NIXL process talks nonsense");
+        if (!on_frame(header.type, header.request_id, body)) return on_broken("the NIXL process talks nonsense");
     }
     in_.erase(0, at);
 }
@@ -353,7 +373,8 @@ bool NixlReads::on_done(uint32_t id, std::string_view body) {
     }
     ++reads;
     bytes_read += done_bytes;
-    land(*active, done_bytes);
+    const bool short_of_news = done_bytes < active->landed;  // lawful for a read that failed, and no news either
+    if (!short_of_news) land(*active, done_bytes);
     // Reads that need the owner's process to take part are Python's: it asks the owner for that.
     if (status == kStatusNoPeer || status == kStatusDisconnected || !inline_) {
         drop_peer(active->read.node);
@@ -363,7 +384,7 @@ bool NixlReads::on_done(uint32_t id, std::string_view body) {
     if (status == kStatusOk) code = Code::ok;
     if (status == kStatusTimeout || status == kStatusCancelled) code = Code::timeout;
     if (status == kStatusBusy) code = Code::refused;
-    const bool sane = code != Code::ok || active->next == active->wanted.size();
+    const bool sane = code != Code::ok || (!short_of_news && active->next == active->wanted.size());
     finish(active, sane ? code : Code::closed, !sane || !open.empty(), std::string(detail).c_str());
     return sane;
 }

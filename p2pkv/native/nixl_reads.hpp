@@ -19,6 +19,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "completions.hpp"
@@ -63,12 +64,16 @@ class NixlReads {
     int bell() const { return bell_; }  // for the process: it writes there after what it has sent
     void attach(int fd);  // takes a connected, non-blocking socket over
     void detach();        // the process has been reaped: reads fail, and what was held is clear
+    // Whether a node is to be read one-sided: if so, native code never reads it in another way, connected or not.
+    void want(uint64_t node, bool wanted);
     void set_peer(uint64_t node, std::string endpoint);
     void drop_peer(uint64_t node);
     void stop();
 
     // ---- for the lane
     bool reads_from(uint64_t node) const;
+    enum class Way { tcp, one_sided, not_now };  // not_now: Python has to connect the processes first
+    Way way_to(uint64_t node) const;
     // False: it cannot be begun now (the process is not there, or is not connected to that endpoint); nothing happened.
     bool submit(NixlRead read);
 
@@ -89,7 +94,8 @@ class NixlReads {
     void tell_ahead(Active& read, uint64_t done_bytes);
     void finish(const ActiveRef& read, Code code, bool open, const char* why);
     void end_late(double now);
-    void close_socket(const char* why);
+    void on_broken(const char* why);
+    void end_reads(const char* why);
     void clear(uint32_t id);
     void clear_all();
     ActiveRef take(uint32_t id);
@@ -109,6 +115,7 @@ class NixlReads {
     int offered_ = -1;          // attach()ed, and not yet taken up by the thread
     bool reaped_ = false;       // detach()ed, likewise
     bool stopping_ = false;
+    std::unordered_set<uint64_t> wanted_;
     std::unordered_map<uint64_t, std::string> peers_;
     std::map<uint32_t, ActiveRef> active_;
     uint32_t next_id_ = kFirstId;

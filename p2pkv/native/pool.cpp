@@ -66,6 +66,12 @@ Pool::Taken Pool::take_slot(uint32_t slot) {
     return {pop(peer), node->second, first_byte_s(peer)};
 }
 
+uint64_t Pool::node_of(uint32_t slot) {
+    std::lock_guard lock(mutex_);
+    const auto node = node_of_slot_.find(slot);
+    return node == node_of_slot_.end() ? 0 : node->second;
+}
+
 void Pool::drop(uint64_t node) {
     std::lock_guard lock(mutex_);
     const auto it = peers_.find(node);

@@ -29,6 +29,8 @@ class Pool {
     void settle(uint64_t node, int fd, const std::string& release);
     int take(uint64_t node);
     Taken take_slot(uint32_t slot);
+    // Whose slot that is; 0 = nobody's with a connection here.
+    uint64_t node_of(uint32_t slot);
     // Close what is kept for a node; what is in use at the moment comes back by give() and is closed by the next drop().
     void drop(uint64_t node);
     void clear();

@@ -175,10 +175,6 @@ class NixlTransport:
         if owner is not None:
             self.process.remove_peer(owner.name)
 
-    def reads_natively(self, node: int) -> bool:
-        """Whether native code reads from this node without asking here."""
-        return self._native is not None and self._native.reads_from(node)
-
     def _endpoint_changed(self) -> None:
         if not self._stopping:
             self._on_endpoint()

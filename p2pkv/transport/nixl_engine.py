@@ -152,17 +152,25 @@ class Engine:
         Raises:
             FabricError: it flies from a peer that is not known here; only the end of this process ends it for sure.
         """
-        if handed.handle is None:
-            if handed.error is None:
-                return self.read(handed.read_id, handed.request, now)
-            status = ReadStatus.DISCONNECTED if handed.error.disconnected else ReadStatus.ERROR
-            return self._refuse(handed.read_id, status, str(handed.error))
         peer = self._peers.get(handed.request.peer)
+        done_bytes = handed.done_bytes
+        if handed.handle is None:
+            if handed.error is not None:
+                status = ReadStatus.DISCONNECTED if handed.error.disconnected else ReadStatus.ERROR
+                return self._refuse(handed.read_id, status, str(handed.error), done_bytes)
+            if not done_bytes:
+                return self.read(handed.read_id, handed.request, now)
+            if peer is None or peer.state == "gone":
+                return self._refuse(handed.read_id, ReadStatus.NO_PEER, "gone in the middle of the read", done_bytes)
+            op = self._begin(handed.read_id, handed.request, peer, now)
+            op.skip(done_bytes)
+            op.done_bytes = op.reported = done_bytes
+            return None
         if peer is None:
             raise FabricError("a read flies from a peer that is not known")
         op = self._begin(handed.read_id, handed.request, peer, now)
-        op.skip(handed.done_bytes)
-        op.done_bytes = op.reported = handed.done_bytes
+        op.skip(done_bytes)
+        op.done_bytes = op.reported = done_bytes
         piece = Piece(self._fabric.adopt(handed.handle), op.skip(handed.flying_bytes), handed.flying_bytes)
         op.flying.append(piece)
         op.flying_bytes = handed.flying_bytes
@@ -301,9 +309,9 @@ class Engine:
         done = wire.ReadDone(status, op.done_bytes, extents, op.inline, detail[:1000])
         self.out.append((done, op.read_id))
 
-    def _refuse(self, read_id: int, status: ReadStatus, detail: str) -> None:
+    def _refuse(self, read_id: int, status: ReadStatus, detail: str, done_bytes: int = 0) -> None:
         self._failed += 1
-        self.out.append((wire.ReadDone(status, 0, b"", True, detail), read_id))
+        self.out.append((wire.ReadDone(status, done_bytes, b"", True, detail[:1000]), read_id))
 
     # quarantine
 
