@@ -534,7 +534,8 @@ def test_a_nixl_process_that_stops_in_mid_read_and_goes_on_later_writes_into_not
         os.kill(nixl, signal.SIGCONT)
     eventually(lambda: pair.reader.metric(PARKED) == pair.reader.metric(QUARANTINED) == 0, why="quarantine ends")
     assert read(cache, own) == [Status.OK] * len(own)
-    assert read(cache, late) == [Status.OK] * len(late)
+    for key in late:  # one by one: all together are more than a peer may hold of an owner's arena
+        assert read(cache, [key]) == [Status.OK]
     warm(pair)
 
 
