@@ -178,7 +178,7 @@ class NixlReads:
         """That process has been reaped: nothing it had begun can land any more."""
 
     def want(self, node: int, wanted: bool) -> None:
-        """Whether a node is to be read one-sided: if so, native code never reads it in another way, connected or not."""
+        """Whether a node is to be read one-sided: if so, native code never reads it in another way."""
 
     def set_peer(self, node: int, endpoint: str) -> None: ...
     def drop_peer(self, node: int) -> None: ...
