@@ -152,7 +152,8 @@ ANSWERS_ARE_NO_REQUESTS = [
     ("control connection", peer.PeerType.PINNED, msgspec.msgpack.encode(peer.Pinned(0, 0, b"", [], [], b"", ""))),
     ("control connection", peer.PeerType.GET, msgspec.msgpack.encode(peer.Get(1, [], 1))),
     ("control connection", peer.PeerType.DELTA, msgspec.msgpack.encode(peer.Delta(1, 1, 0, []))),
-    ("data connection", peer.PeerType.PIN, msgspec.msgpack.encode(peer.Pin(1, [], 1))),
+    ("data connection", peer.PeerType.PIN, msgspec.msgpack.encode([1, [], 1])),  # without "serve"
+    ("data connection", peer.PeerType.PINNED, msgspec.msgpack.encode(peer.Pinned(0, 0, b"", [], [], b"", ""))),
     ("data connection", peer.PeerType.DELTA, msgspec.msgpack.encode(peer.Delta(1, 1, 0, []))),
     ("peer port", peer.PeerType.GET, msgspec.msgpack.encode(peer.Get(1, [], 1))),
     ("engine socket", engine.EngineType.GET, msgspec.msgpack.encode(engine.Get(1, [], 1))),
