@@ -14,6 +14,9 @@ def copy(dst: Buffer, src: Buffer) -> bool:
 def copy_hash(dst: Buffer, src: Buffer) -> bytes | None:
     """Copy and checksum in one pass; the digest is of what was written. None when a page of either side is gone."""
 
+def processor() -> int:
+    """Number of the processor that this thread runs on; 0xFFFF where the system does not say."""
+
 def address_of(buffer: Buffer) -> int:
     """Address of a buffer's first byte; the caller keeps the buffer alive while it uses it."""
 
@@ -160,6 +163,12 @@ class Pool:
     def idle(self) -> int: ...
     def idle_at(self, node: int) -> int: ...
 
+class Placement:
+    """On which processors the stages of a one-sided read run, where there are two (``native/placement.hpp``)."""
+
+    def __init__(self) -> None: ...
+    def arrange(self, engine: int, reader: int, checker: int) -> None: ...
+
 class NixlReads:
     """One-sided reads by the NIXL process for the lane (``native/nixl_reads.hpp``). ``fd``: :meth:`drain` has
     something.
@@ -171,8 +180,8 @@ class NixlReads:
     reads: int
     bytes_read: int
     def __init__(self, store: Store, arena: int, partial_bytes: int) -> None: ...
-    def attach(self, fd: int) -> None:
-        """A NIXL process is ready; takes its (not blocking) socket over."""
+    def attach(self, fd: int, process: int) -> None:
+        """A NIXL process is ready; takes its (not blocking) socket over. ``process``: its id, or 0."""
 
     def detach(self) -> None:
         """That process has been reaped: nothing it had begun can land any more."""

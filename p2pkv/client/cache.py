@@ -147,7 +147,8 @@ class Cache:
         connection: Connection | None = None
         try:
             connection = self._client.connection(deadline)
-            with Stream(connection.lane, Get(self.namespace, list(keys), deadline_ms), deadline=deadline) as stream:
+            get = Get(self.namespace, list(keys), deadline_ms, _native.processor())
+            with Stream(connection.lane, get, deadline=deadline) as stream:
                 more = True
                 ahead: dict[int, tuple[int, int]] = {}
                 while more:

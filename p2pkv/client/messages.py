@@ -13,7 +13,7 @@ from typing import Annotated, Final, NamedTuple
 from p2pkv._native import Shape, pack
 from p2pkv.errors import RemoteProtocolError
 from p2pkv.types import MASK64
-from p2pkv.wire.engine_types import EngineType
+from p2pkv.wire.engine_types import NO_PROCESSOR, EngineType
 from p2pkv.wire.frame import Frame
 from p2pkv.wire.frame import encode as encode_frame
 from p2pkv.wire.limits import ERROR_FIELDS_MAX, KEYS_MAX, NAME_CHARS_MAX, NODES_MAX, TEXT_CHARS_MAX
@@ -101,6 +101,7 @@ class Get(NamedTuple):
     namespace: int
     keys: Sequence[bytes]
     deadline_ms: int
+    processor: int = NO_PROCESSOR
 
 
 class ReleaseLease(NamedTuple):

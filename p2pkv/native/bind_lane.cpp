@@ -50,6 +50,10 @@ void bind_lane(nb::module_& m) {
         .def("idle", &Pool::idle)
         .def("idle_at", &Pool::idle_at, "node"_a);
 
+    nb::class_<Placement>(m, "Placement")
+        .def(nb::init<>())
+        .def("arrange", &Placement::arrange, "engine"_a, "reader"_a, "checker"_a);
+
     nb::class_<NixlReads>(m, "NixlReads")
         .def(nb::init<store::Store&, uintptr_t, uint64_t>(), "store"_a, "arena"_a, "partial_bytes"_a,
              nb::keep_alive<1, 2>())
@@ -57,7 +61,7 @@ void bind_lane(nb::module_& m) {
         .def_prop_ro("reads", [](const NixlReads& self) { return self.reads.load(); })
         .def_prop_ro("bytes_read", [](const NixlReads& self) { return self.bytes_read.load(); })
         .def_prop_ro("bell", &NixlReads::bell)
-        .def("attach", &NixlReads::attach, "fd"_a)
+        .def("attach", &NixlReads::attach, "fd"_a, "process"_a)
         .def("detach", &NixlReads::detach)
         .def("want", &NixlReads::want, "node"_a, "wanted"_a)
         .def("set_peer", &NixlReads::set_peer, "node"_a, "endpoint"_a)

@@ -218,7 +218,11 @@ bool Lane::parse_get(Request& request) {
     request.keys.resize(count);
     for (std::string_view& key : request.keys)
         if (!reader.bin(&key) || key.size() < store::kKeyBytesMin || key.size() > store::kKeyBytesMax) return false;
-    if (!reader.uint(&deadline_ms) || !reader.skip(fields - 3) || !reader.at_end()) return false;
+    if (!reader.uint(&deadline_ms)) return false;
+    uint64_t processor = kNoProcessor;
+    if (fields > 3 && (!reader.uint(&processor) || processor > kNoProcessor)) return false;
+    if (!reader.skip(fields - std::min<uint64_t>(fields, 4)) || !reader.at_end()) return false;
+    request.processor = static_cast<uint32_t>(processor);
     request.asked_at = now_s();
     request.deadline = request.asked_at + std::min(static_cast<double>(deadline_ms) / 1000, kDeadlineMax);
     request.settled.assign(count, 0);

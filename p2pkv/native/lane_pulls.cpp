@@ -1,4 +1,5 @@
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <cstring>
@@ -197,6 +198,7 @@ void Lane::on_pinned(const std::shared_ptr<Pull>& pull, PinAnswer answer, double
     read.node = pull->node;
     read.deadline = std::min(pull->request->deadline, asked_at + answer.ttl_s);
     read.from = std::move(answer);
+    read.processor = pull->request->processor;
     for (const store::BlockRef& block : pull->blocks) {
         read.offsets.push_back(store::Store::offset_of(*block));
         read.lengths.push_back(static_cast<uint32_t>(store::Store::length_of(*block)));
@@ -219,6 +221,7 @@ void Lane::on_event(Pull& pull, IoEvent event) {
         ::close(pull.fd);
     }
     settle_blocks(pull, event, &landed);
+    if (pull.one_sided) sched_yield();  // we may share a processor with the engine: it goes first
     if (event.final) return on_end(pull, std::move(event), std::move(landed));
     if (landed.keys.empty()) return;
     landed.space = pull.request->space;

@@ -52,6 +52,7 @@ struct Lane::Request {
     uint32_t id = 0;
     double asked_at = 0, deadline = 0;
     uint64_t space = 0, salt = 0;
+    uint32_t processor = kNoProcessor;   // where the engine's thread waits
     std::string body;                    // what the keys are views of
     std::vector<std::string_view> keys;
 

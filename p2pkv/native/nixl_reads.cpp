@@ -110,11 +110,12 @@ void NixlReads::wake() {
 
 // --- for Python
 
-void NixlReads::attach(int fd) {
+void NixlReads::attach(int fd, pid_t process) {
     {
         std::lock_guard lock(mutex_);
         if (offered_ >= 0) ::close(offered_);
         offered_ = fd;
+        process_ = process;
     }
     wake();
 }
@@ -124,6 +125,7 @@ void NixlReads::detach() {
         std::lock_guard lock(mutex_);
         peers_.clear();
         reaped_ = true;
+        process_ = 0;
         if (offered_ >= 0) ::close(std::exchange(offered_, -1));
     }
     wake();
@@ -182,6 +184,7 @@ bool NixlReads::submit(NixlRead read) {
     }
     SocketRef socket;
     std::string request;
+    pid_t process;
     {
         std::lock_guard lock(mutex_);
         const auto peer = peers_.find(active->read.node);
@@ -198,7 +201,9 @@ bool NixlReads::submit(NixlRead read) {
         request = request_of(active->id, peer->second, runs, deadline);
         active_.emplace(active->id, active);
         socket = socket_;
+        process = process_;
     }
+    placement_.arrange(active->read.processor, process, checker_);  // while the process sleeps: that costs little
     look_until_ = now_s() + kLookS;
     wake();
     // Last of all: the scheduler may well let the process read before it lets us go on.
@@ -229,6 +234,7 @@ NixlReads::ActiveRef NixlReads::take(uint32_t id) {
 
 void NixlReads::run() {
     pthread_setname_np(pthread_self(), "p2pkv-nixl");
+    checker_ = gettid();
     epoll_event events[3];
     while (true) {
         double due;

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "completions.hpp"
+#include "placement.hpp"
 #include "store.hpp"
 #include "transfer.hpp"
 
@@ -35,6 +36,7 @@ struct NixlRead {
     std::vector<uint64_t> offsets;         // where they go in our arena
     std::vector<uint32_t> lengths;
     double deadline = 0;                   // CLOCK_MONOTONIC, seconds
+    uint32_t processor = kNoProcessor;     // where the engine waits that asked for it
     std::function<void(IoEvent)> on_event;  // on the thread of NixlReads, or of who calls submit
 };
 
@@ -62,7 +64,7 @@ class NixlReads {
     int fd() const { return events_.fd(); }
     std::vector<NixlReadsEvent> drain() { return events_.drain(); }
     int bell() const { return bell_; }  // for the process: it writes there after what it has sent
-    void attach(int fd);  // takes a connected, non-blocking socket over
+    void attach(int fd, pid_t process);  // takes a connected, non-blocking socket over
     void detach();        // the process has been reaped: reads fail, and what was held is clear
     // Whether a node is to be read one-sided: if so, native code never reads it in another way, connected or not.
     void want(uint64_t node, bool wanted);
@@ -113,6 +115,7 @@ class NixlReads {
     mutable std::mutex mutex_;  // guards what follows
     SocketRef socket_;
     int offered_ = -1;          // attach()ed, and not yet taken up by the thread
+    pid_t process_ = 0;         // whose it is
     bool reaped_ = false;       // detach()ed, likewise
     bool stopping_ = false;
     std::unordered_set<uint64_t> wanted_;
@@ -121,6 +124,8 @@ class NixlReads {
     uint32_t next_id_ = kFirstId;
 
     std::atomic<double> look_until_{0};
+    std::atomic<pid_t> checker_{0};  // the thread's id
+    Placement placement_;
 
     // The thread's own.
     std::unordered_map<uint32_t, uint64_t> held_;  // ended reads that may still write -> bytes

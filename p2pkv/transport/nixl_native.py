@@ -66,7 +66,7 @@ class NativeReads:
 
     def attach(self, child: Child) -> None:
         """A process is ready: reads go there from now on."""
-        self.native.attach(child.lane.detach())
+        self.native.attach(child.lane.detach(), child.process.pid)
 
     def reaped(self) -> None:
         """The process is gone: nothing that it had begun can land any more."""

@@ -14,8 +14,8 @@ from msgspec import Meta
 
 from p2pkv.types import Layout
 from p2pkv.wire.codec import Codec
-from p2pkv.wire.engine_types import EngineType
-from p2pkv.wire.fields import U32, U64, Extent, FieldNames, Hashes, Name, Text
+from p2pkv.wire.engine_types import NO_PROCESSOR, EngineType
+from p2pkv.wire.fields import U16, U32, U64, Extent, FieldNames, Hashes, Name, Text
 from p2pkv.wire.limits import KEYS_MAX, NODES_MAX
 
 REGIONS_MAX: Final = 64
@@ -103,11 +103,15 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Get(msgspec.Struct, frozen=True, array_like=True):
-    """Hold these blocks in the arena, pulled from peers if need be, within the deadline -> one or more GOT."""
+    """Hold these blocks in the arena, pulled from peers if need be, within the deadline -> one or more GOT.
+
+    ``processor``: where the thread runs that asks and will copy, so that nobody who works for it is put there.
+    """
 
     namespace: U64
     keys: Hashes
     deadline_ms: U32
+    processor: U16 = NO_PROCESSOR
 
 
 class Got(msgspec.Struct, frozen=True, array_like=True):

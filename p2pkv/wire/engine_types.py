@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 
 class EngineType(enum.IntEnum):
@@ -25,6 +26,10 @@ class EngineType(enum.IntEnum):
     OK = 78
     AHEAD = 79
     ERROR = 95
+
+
+NO_PROCESSOR: Final = 0xFFFF
+"""In GET: not told."""
 
 
 class Source(enum.IntEnum):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 
+import msgspec
 import pytest
 
 from p2pkv.client import AgentClient
 from p2pkv.client.cache import Cache
 from p2pkv.types import Status
 from p2pkv.wire import engine
+from p2pkv.wire.engine_types import NO_PROCESSOR
+from p2pkv.wire.frame import encode
 from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout, visible
 from tests.cluster.blocks import block_of, blocks_of, new_keys
 from tests.cluster.proxy import Proxy
@@ -173,6 +176,26 @@ def test_a_namespace_that_was_not_opened_is_refused(pair: list[AgentProcess]) ->
         answer = lane.ask(engine.Get(LAYOUT.namespace ^ 1, new_keys(1), 1_000))
         assert isinstance(answer, engine.EngineError) and answer.code == "invalid"
         assert isinstance(lane.ask(engine.Get(LAYOUT.namespace, new_keys(1), 10)), engine.Got), "and it goes on"
+
+
+@pytest.mark.parametrize("rest", [[], [NO_PROCESSOR], [0], [1, "what later versions may say", [2]]])
+def test_an_engine_may_say_where_it_waits(pair: list[AgentProcess], rest: list[object]) -> None:
+    keys = put(pair[0], 1)
+    body = msgspec.msgpack.encode([LAYOUT.namespace, keys, 1_000, *rest])
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        lane.send(encode(engine.EngineType.GET, body, 7))
+        frame = lane.receive()
+        assert frame is not None and frame.request_id == 7
+        got = engine.CODEC.decode(frame)
+        assert isinstance(got, engine.Got) and bytes(got.statuses) == bytes([Status.OK])
+
+
+@pytest.mark.parametrize("processor", [NO_PROCESSOR + 1, -1, (1 << 64) - 1, "0", None])
+def test_a_processor_that_cannot_be_is_against_the_protocol(pair: list[AgentProcess], processor: object) -> None:
+    body = msgspec.msgpack.encode([LAYOUT.namespace, put(pair[0], 1), 1_000, processor])
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        lane.send(encode(engine.EngineType.GET, body, 7))
+        lane.closed_by_the_agent()
 
 
 def test_a_get_byte_by_byte_is_a_get(pair: list[AgentProcess]) -> None:

@@ -599,3 +599,22 @@ def test_an_owner_that_stands_still_is_a_miss_in_time_and_comes_back(cluster: Cl
     assert any(Status.OK not in answer.statuses for answer in answers if answer.at > stopped)
     warm(pair)
     eventually(lambda: pair.reader.metric(PARKED) == pair.reader.metric(QUARANTINED) == 0, why="nothing stays parked")
+
+
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="this host lends one processor: nothing can be put anywhere"
+)
+def test_with_two_processors_the_nixl_process_reads_on_the_one_that_the_engine_does_not_use() -> None:
+    before = os.sched_getaffinity(0)
+    first, second = sorted(before)[:2]
+    try:
+        os.sched_setaffinity(0, (first, second))  # whoever is started now may use these two
+        with Cluster() as cluster:
+            pair = start(cluster)
+            for engine, other in ((first, second), (second, first)):
+                os.sched_setaffinity(0, (engine,))
+                warm(pair)
+                [child] = pair.reader.children()
+                assert os.sched_getaffinity(child) == {other}
+    finally:
+        os.sched_setaffinity(0, before)

@@ -41,7 +41,7 @@ fields_by_type: dict[EngineType, tuple[st.SearchStrategy[Any], ...]] = {
     EngineType.STORE: (u64, keys, u32, slots, u32),
     EngineType.LOAD: (u64, keys, u32, slots, u32),
     EngineType.DONE: (per_key, per_key, u64, u64),
-    EngineType.GET: (u64, keys, u32),
+    EngineType.GET: (u64, keys, u32, st.integers(0, 0xFFFF)),
     EngineType.GOT: (
         u64, u32, slots, per_key, per_key, st.lists(st.builds(Extent, u64, u64), max_size=4), st.booleans(),
     ),

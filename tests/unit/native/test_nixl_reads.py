@@ -44,7 +44,7 @@ class Agent:
     def attach(self) -> Process:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        self.reads.attach(ours.detach())
+        self.reads.attach(ours.detach(), 0)
         return Process(theirs, self.reads.bell)
 
     def connected(self) -> Process:

@@ -1,0 +1,41 @@
+#include "placement.hpp"
+
+namespace p2pkv {
+namespace {
+
+// It may fail: the thread may have ended, or the administrator taken that processor away. Then it runs where it may.
+void put(pid_t thread, uint32_t processor) {
+    cpu_set_t only;
+    CPU_ZERO(&only);
+    CPU_SET(processor, &only);
+    if (thread != 0) sched_setaffinity(thread, sizeof only, &only);
+}
+
+}  // namespace
+
+uint32_t current_processor() {
+    const int number = sched_getcpu();
+    return number < 0 || number >= static_cast<int>(kNoProcessor) ? kNoProcessor : static_cast<uint32_t>(number);
+}
+
+Placement::Placement() {
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) != 2) return;
+    while (!CPU_ISSET(first_, &allowed)) ++first_;
+    second_ = first_ + 1;
+    while (!CPU_ISSET(second_, &allowed)) ++second_;
+    two_ = true;
+}
+
+void Placement::arrange(uint32_t engine, pid_t reader, pid_t checker) {
+    if (!two_ || (engine != first_ && engine != second_)) return;
+    std::lock_guard lock(mutex_);
+    if (engine == engine_ && reader == reader_ && checker == checker_) return;
+    engine_ = engine;
+    reader_ = reader;
+    checker_ = checker;
+    put(reader, engine == first_ ? second_ : first_);
+    put(checker, engine);
+}
+
+}  // namespace p2pkv
