@@ -44,6 +44,7 @@ DEADLINE_MS: Final = 2_000
 STAGING_BYTES: Final = 32 << 20
 """Per cache, allocated at the first put: enough that one copy hides behind the other."""
 
+_STATUS_MAX: Final = max(Status)
 _STORED: Final = frozenset({Status.OK, Status.EXISTS})
 
 
@@ -177,6 +178,7 @@ class Cache:
         statuses: list[Status],
         started: float,
     ) -> None:
+        _check_got(part, views, len(connection.arena))
         for i, index in enumerate(part.indices):
             status = Status(part.statuses[i])
             if status is Status.OK:
@@ -328,6 +330,17 @@ class _Staging:
     def fill(self, slot: int, view: memoryview) -> None:
         start = slot * self.region.slot_bytes
         _native.copy(self._memory[start : start + len(view)], view)
+
+
+def _check_got(part: Got, views: Sequence[memoryview], arena_bytes: int) -> None:
+    """Nothing is copied from or to where an answer says, before this."""
+    if not len(part.indices) == len(part.statuses) == len(part.extents):
+        raise P2PKVError("the lists of the agent's answer differ in length", blocks=len(part.indices))
+    for index, status, (offset, length) in zip(part.indices, part.statuses, part.extents, strict=True):
+        if index >= len(views) or status > _STATUS_MAX:
+            raise P2PKVError("the agent tells of a block that nobody asked for", index=index, status=status)
+        if status == Status.OK and (length != len(views[index]) or offset + length > arena_bytes):
+            raise P2PKVError("the agent says that a block is where it cannot be", offset=offset, bytes=length)
 
 
 def _copy_ahead(

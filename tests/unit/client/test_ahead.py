@@ -125,3 +125,34 @@ def test_bytes_that_nobody_asked_for_are_an_error(agent: Agent, part: Ahead) -> 
 def test_a_place_outside_of_the_arena_is_not_taken(agent: Agent) -> None:
     with pytest.raises(P2PKVError, match="nobody asked for"):
         agent.get(lambda: agent.say(Ahead(0, 1 << 40, 10), got(0)))
+
+
+def answer(indices: list[int], statuses: bytes, extents: list[Extent]) -> Got:
+    return Got(0, 10_000, indices, statuses, b"", extents, False)
+
+
+HERE = Extent(0, BLOCK)
+OK = bytes([Status.OK])
+
+
+@pytest.mark.parametrize(
+    ("lie", "complaint"),
+    [
+        (answer([0], b"", [HERE]), "differ in length"),
+        (answer([0], OK, []), "differ in length"),
+        (answer([], OK, [HERE]), "differ in length"),
+        (answer([1], OK, [HERE]), "nobody asked for"),
+        (answer([0], bytes([max(Status) + 1]), [HERE]), "nobody asked for"),
+        (answer([0], OK, [Extent(0, BLOCK - 1)]), "where it cannot be"),
+        (answer([0], OK, [Extent(2 * BLOCK + 1, BLOCK)]), "where it cannot be"),
+        (answer([0], OK, [Extent((1 << 64) - 1, BLOCK)]), "where it cannot be"),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_an_error_and_copies_nothing(agent: Agent, lie: Got, complaint: str) -> None:
+    with pytest.raises(P2PKVError, match=complaint):
+        agent.get(lambda: agent.say(lie))
+    assert agent.out == bytes(BLOCK)
+
+
+def test_a_miss_may_have_any_extent(agent: Agent) -> None:
+    assert agent.get(lambda: agent.say(answer([0], bytes([Status.MISS]), [Extent(1 << 50, 7)]))) == [Status.MISS]
