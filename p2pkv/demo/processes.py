@@ -46,6 +46,7 @@ class Child:
         self.name = name
         self.log = log
         self._group_killed = False
+        self._shared: set[Path] = set()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 list(command),
@@ -80,6 +81,8 @@ class Child:
     def terminate(self) -> None:
         """Ask it to end (SIGTERM), also if it was stopped. Does not wait; :meth:`stop` does."""
         if self.alive:
+            # From here on it unmaps what it shares; who would unlink that (Python's resource tracker) may come too late.
+            self._shared |= self._shared_now()
             self.signal(signal.SIGCONT)
             self._process.terminate()
 
@@ -110,7 +113,7 @@ class Child:
         if self._group_killed:
             return
         self._group_killed = True
-        shared = shared_memory({pid for pid in running() if group_of(pid) == self._process.pid})
+        shared = self._shared | self._shared_now()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         if shared:  # what they would have removed themselves, had they ended in their own time
@@ -120,6 +123,9 @@ class Child:
                 time.sleep(0.01)
             for path in shared - shared_memory(running()):
                 path.unlink(missing_ok=True)
+
+    def _shared_now(self) -> set[Path]:
+        return shared_memory({pid for pid in running() if group_of(pid) == self._process.pid})
 
     def tail(self) -> str:
         """The last lines of its log, after the last ones before them that name an error."""

@@ -62,6 +62,38 @@ def test_a_killed_child_leaves_no_process_and_no_shared_memory(
     assert [pid for pid in running() if group_of(pid) == group] == []
 
 
+UNMAPPER = """
+import os, signal, time
+from multiprocessing import resource_tracker, shared_memory
+
+memory = shared_memory.SharedMemory(create=True, size=4096)
+resource_tracker.unregister(memory._name, "shared_memory")  # as if it were killed before it gets to it
+
+
+def end(*_):
+    memory.close()
+    os._exit(0)
+
+
+signal.signal(signal.SIGTERM, end)
+print(memory.name, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_child_that_ends_without_removing_what_it_shared_leaves_nothing_either(
+    tmp_path: Path, children: list[Child]
+) -> None:
+    script = tmp_path / "unmapper.py"
+    script.write_text(UNMAPPER)
+    child = Child("unmapper", [sys.executable, str(script)], tmp_path / "log")
+    children.append(child)
+    left = Path("/dev/shm") / said(child)
+    assert left.exists()
+    assert child.stop() == 0
+    assert not left.exists()
+
+
 def test_a_stopped_child_ends_when_it_is_asked_to(tmp_path: Path, children: list[Child]) -> None:
     child = Child(
         "sleeper", [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(600)"], tmp_path / "log"
