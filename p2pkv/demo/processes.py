@@ -81,7 +81,7 @@ class Child:
     def terminate(self) -> None:
         """Ask it to end (SIGTERM), also if it was stopped. Does not wait; :meth:`stop` does."""
         if self.alive:
-            # From here on it unmaps what it shares; who would unlink that (Python's resource tracker) may come too late.
+            # From here on it unmaps what it shares; Python's resource tracker, who unlinks that, may come too late.
             self._shared |= self._shared_now()
             self.signal(signal.SIGCONT)
             self._process.terminate()
