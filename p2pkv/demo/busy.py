@@ -25,6 +25,9 @@ from p2pkv.errors import ConfigError
 
 LONG_TOKENS: Final = 14_000
 """More than a minute of one core, in one step of the scheduler."""
+CAPACITY: Final = "3GiB"
+"""Of each agent. 14 prompts of 4,096 tokens are 0.9 GiB with the demo's model, and each long prefill stores 0.2 GiB more: with
+less, they push out the prompts that were computed first and have not been pulled yet."""
 INSIDE_CPU_S: Final = 1.0
 """After so much CPU time the source is past tokenizing and queueing, and in the step."""
 INSIDE_WITHIN_S: Final = 60.0
@@ -152,7 +155,9 @@ def busy_source(*, transport: str, prompt_tokens: int, model_dir: Path, progress
         raise ConfigError("two cores or more are needed: one for the source's engine, one for the rest")
     python = find_vllm_python()
     model = make_model(python, model_dir, progress)
-    with Cluster(python=python, model=model, transport=transport, threads=1, progress=progress) as cluster:
+    with Cluster(
+        python=python, model=model, transport=transport, capacity=CAPACITY, threads=1, progress=progress
+    ) as cluster:
         progress("starting two agents and two vLLM replicas")
         cluster.start_agents(2, cores=cores.others)
         source = cluster.start_replica(cluster.agents[0], name="replica A", cores=cores.source)
