@@ -26,7 +26,7 @@ from p2pkv.errors import ConfigError
 LONG_TOKENS: Final = 14_000
 """More than a minute of one core, in one step of the scheduler."""
 CAPACITY: Final = "3GiB"
-"""Of each agent. 14 prompts of 4,096 tokens are 0.9 GiB with the demo's model, and each long prefill stores 0.2 GiB more:
+"""Of each agent. 14 prompts of 4,096 tokens are 0.9 GiB with the demo's model, and each long prefill stores 0.2 more:
 with less, they push out the prompts that were computed first and have not been pulled yet."""
 INSIDE_CPU_S: Final = 1.0
 """After so much CPU time the source is past tokenizing and queueing, and in the step."""
