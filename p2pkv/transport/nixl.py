@@ -256,7 +256,19 @@ class NixlTransport:
         if connection is None:
             del self._owners[node]
             return None
-        return owner._replace(inline=connection.inline)
+        if connection.inline != owner.inline:
+            self._owners[node] = owner = owner._replace(inline=connection.inline)
+            self._tell_native(node, owner)
+        return owner
+
+    def _tell_native(self, node: int, owner: _Owner) -> None:
+        """Native code reads from an owner whose process need not take part."""
+        if self._native is None:
+            return
+        if owner.inline:
+            self._native.set_peer(node, owner.name)
+        else:
+            self._native.drop_peer(node)
 
     async def _connect(self, node: int, link: Link, left_s: float) -> _Owner:
         """Connect the two NIXL processes; callers share one attempt."""
@@ -275,8 +287,7 @@ class NixlTransport:
         self._connecting.pop(node, None)
         if not task.cancelled() and task.exception() is None:
             self._owners[node] = owner = task.result()
-            if owner.inline and self._native is not None:
-                self._native.set_peer(node, owner.name)
+            self._tell_native(node, owner)
 
     async def _connect_once(self, node: int, link: Link) -> _Owner:
         ours = self.process.ready

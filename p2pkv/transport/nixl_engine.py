@@ -45,6 +45,11 @@ PROBES_MAX: Final = 6
 """The first reads of a connection may take another way than later ones, and over tcp a quick owner's answer may come
 within the post: a peer is inline when so many probes in a row were, among at most so many."""
 
+PROBE_BYTES: Final = 64 << 10
+READS_INLINE: Final = 8
+"""While a host is busy every probe may come before the connection has taken its last shape. So many later reads in a
+row, none shorter than a probe, that ended within their posts show better."""
+
 TURN_S: Final = 2e-3
 """Longest that reads are driven before commands and deadlines are looked at again."""
 
@@ -306,8 +311,25 @@ class Engine:
             self._timed_out += 1
         else:
             self._failed += 1
-        done = wire.ReadDone(status, op.done_bytes, extents, op.inline, detail[:1000])
-        self.out.append((done, op.read_id))
+        self._learn(op, status)
+        inline = op.inline and op.peer.inline
+        self.out.append((wire.ReadDone(status, op.done_bytes, extents, inline, detail[:1000]), op.read_id))
+
+    def _learn(self, op: ReadOp, status: ReadStatus) -> None:
+        """Whether the peer is inline: one read that was not says no, some in a row that ended well say yes."""
+        peer = op.peer
+        if not op.inline:
+            peer.reads_inline = 0
+            self._set_inline(peer, False)
+        elif status is ReadStatus.OK and not peer.inline and op.total >= PROBE_BYTES:
+            peer.reads_inline += 1
+            if peer.reads_inline >= READS_INLINE:
+                self._set_inline(peer, True)
+
+    def _set_inline(self, peer: Peer, inline: bool) -> None:
+        if peer.inline != inline:
+            peer.inline = inline
+            self._on_inline(peer, inline)
 
     def _refuse(self, read_id: int, status: ReadStatus, detail: str, done_bytes: int = 0) -> None:
         self._failed += 1
@@ -384,14 +406,13 @@ class Engine:
                 peer.in_flight -= 1
                 peer.probe = None
                 self._worked_at = now
-                peer.inline = peer.probes_inline >= PROBES_INLINE
-                if peer.inline or peer.probes_inline + PROBES_MAX - peer.probes < PROBES_INLINE:
+                inline = peer.probes_inline >= PROBES_INLINE
+                if inline or peer.probes_inline + PROBES_MAX - peer.probes < PROBES_INLINE:
                     peer.state = "ready"
-                    if peer.inline:
-                        self._on_inline(peer, True)
+                    self._set_inline(peer, inline)
                     self._connecting.remove(peer)
                 else:
-                    self._probe(peer, 65_536)
+                    self._probe(peer, PROBE_BYTES)
         except FabricError as error:
             # Probes write into scratch memory: they need no settling.
             if peer.probe is not None:
@@ -422,10 +443,10 @@ class Engine:
 
     def _gone(self, peer: Peer) -> None:
         peer.state = "gone"
-        self._on_inline(peer, False)
+        self._set_inline(peer, False)
 
     def _retire(self, peer: Peer, now: float) -> None:
-        self._on_inline(peer, False)
+        self._set_inline(peer, False)
         self._peers.pop(peer.name, None)
         if peer in self._connecting:
             self._connecting.remove(peer)

@@ -87,7 +87,8 @@ class ReadOutcome(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """What is known of a connection. ``inline``: no read has needed the owner's child yet, so it need not serve."""
+    """What is known of a connection. ``inline``: reads end within their posts, so the owner's child need not serve; the
+    latest read knows best."""
 
     inline: bool
     connect_us: int
@@ -261,6 +262,8 @@ class NixlProcess:
         for older in [name for name in self._peers if wire.node_of(name) == node]:
             del self._peers[older]
         self._peers[endpoint.name] = connection = Connection(answer.inline, answer.connect_us)
+        way = "reads end inside their posts" if answer.inline else "its process has to take part in reads"
+        log.info("connected to NIXL process %s in %d us: %s", endpoint.name, answer.connect_us, way)
         return connection
 
     def remove_peer(self, name: str) -> None:
@@ -457,8 +460,8 @@ class NixlProcess:
             self._hold(read_id, extents)
         if done.status in (ReadStatus.NO_PEER, ReadStatus.DISCONNECTED):
             self._peers.pop(pending.peer, None)
-        elif not done.inline and (known := self._peers.get(pending.peer)) is not None:
-            self._peers[pending.peer] = known._replace(inline=False)
+        elif (known := self._peers.get(pending.peer)) and (done.status is ReadStatus.OK or not done.inline):
+            self._peers[pending.peer] = known._replace(inline=done.inline)
         if not pending.future.done():
             pending.future.set_result(ReadOutcome(done.done_bytes, error_of(done, pending.peer), read_id, extents))
 

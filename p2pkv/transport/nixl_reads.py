@@ -29,8 +29,8 @@ class Peer:
     """An owner that can be read from, or soon."""
 
     __slots__ = (
-        "base", "bytes", "in_flight", "inline", "metadata", "name", "probe", "probes", "probes_inline", "since",
-        "state", "waiters",
+        "base", "bytes", "in_flight", "inline", "metadata", "name", "probe", "probes", "probes_inline", "reads_inline",
+        "since", "state", "waiters",
     )  # fmt: skip
 
     def __init__(self, request: wire.AddPeer, now: float) -> None:
@@ -43,6 +43,7 @@ class Peer:
         self.probe: object | None = None
         self.probes = 0
         self.probes_inline = 0  # the latest so many in a row
+        self.reads_inline = 0  # likewise, once it is ready
         self.inline = False
         self.in_flight = 0
         self.waiters: list[tuple[int, float]] = []  # (request id, deadline) of ADD_PEERs without an answer

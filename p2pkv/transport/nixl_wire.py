@@ -219,7 +219,8 @@ class ReadProgress(msgspec.Struct, frozen=True, array_like=True):
 class ReadDone(msgspec.Struct, frozen=True, array_like=True):
     """The last word on a read, in time. ``open`` (:func:`pack_extents` of the own arena) is what may still be written
     by transfers that cannot be called off: not to be reused before QUARANTINE_CLEAR, or before the child is reaped.
-    ``inline``: no piece of it needed the owner's process (see PEER_ADDED)."""
+    ``inline``: no piece of it needed the owner's process, and none of later reads is expected to (see PEER_ADDED); of a
+    read that did not end well, True says nothing."""
 
     status: ReadStatus
     done_bytes: U63

@@ -89,7 +89,7 @@ class Pulled(NamedTuple):
 class Node:
     """See the module's docstring. ``kind``: tcp, nixl, nixl-tcp (NIXL made to use its TCP) or null."""
 
-    def __init__(self, kind: str, *, stall_s: float = 2.0) -> None:
+    def __init__(self, kind: str, *, stall_s: float = 2.0, native_reads: bool = False) -> None:
         self.kind = kind
         self.id = random.SystemRandom().getrandbits(63) | 1
         self.arena = Arena.create(ARENA_BYTES)
@@ -99,6 +99,10 @@ class Node:
         )
         self.server: _native.Server | None = None
         """What answers over TCP."""
+        self.native: _native.NixlReads | None = None
+        """What reads by itself for engines' GETs; here it only hears of owners."""
+        if native_reads:
+            self.native = _native.NixlReads(self.store.core, self.arena.base_address, 1 << 20)
         self.source = Source(self.store)
         self.movers = Movers(1)
         self.cleared: list[int] = []
@@ -127,7 +131,7 @@ class Node:
         return NixlTransport(
             arena=self.arena, source=self.source, network=self.network, node=self.id, epoch=1,
             options=NixlOptions(ucx=UCX_OVER_TCP if self.kind == "nixl-tcp" else {}),
-            lease_ttl_s=10.0, on_clear=self.cleared.append, on_endpoint=lambda: None,
+            lease_ttl_s=10.0, on_clear=self.cleared.append, on_endpoint=lambda: None, native=self.native,
         )  # fmt: skip
 
     async def start(self) -> Node:
@@ -138,6 +142,8 @@ class Node:
 
     async def stop(self) -> None:
         await self.network.stop()
+        if self.native is not None:
+            self.native.stop()
         await self.transport.stop()
         self.movers.stop()
         self.arena.close()

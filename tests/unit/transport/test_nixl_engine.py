@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from p2pkv.transport import nixl_engine
 from p2pkv.transport import nixl_wire as wire
-from p2pkv.transport.nixl_engine import PROBES_MAX, READS_MAX, SETTLE_S, Engine
+from p2pkv.transport.nixl_engine import PROBE_BYTES, PROBES_MAX, READS_INLINE, READS_MAX, SETTLE_S, Engine
 from p2pkv.transport.nixl_fabric import FabricError, Table
 from p2pkv.transport.nixl_reads import PIECE_BYTES_MAX, PIECE_RUNS_MAX, WINDOW_BYTES, Peer, ReadOp
 from p2pkv.transport.nixl_wire import ReadStatus, Run
@@ -365,6 +365,32 @@ def test_a_quick_answer_now_and_then_does_not_make_a_fabric_inline(fabric: FakeF
     ((answer, _),) = said(engine)
     assert isinstance(answer, wire.PeerAdded)
     assert not answer.inline
+
+
+def one_read(engine: Engine, fabric: FakeFabric, length: int = MIB) -> bool:
+    """Whether the next one counts as inline."""
+    engine.read(9, read([Run(0, 0, length)]), 0.0)
+    engine.step(0.0)
+    fabric.land()
+    engine.step(0.0)
+    return only_done(engine).inline
+
+
+def test_a_peer_whose_probes_all_came_too_early_is_inline_once_enough_reads_in_a_row_were(fabric: FakeFabric) -> None:
+    heard: list[bool] = []
+    engine = Engine(fabric, BASE, ARENA, lambda: 0.0, lambda peer, inline: heard.append(inline))
+    connect(engine, fabric, "a:1:1")
+    fabric.inline = True
+    assert [one_read(engine, fabric) for _ in range(READS_INLINE - 1)] == [False] * (READS_INLINE - 1)
+    fabric.inline = False
+    assert not one_read(engine, fabric)
+    fabric.inline = True
+    assert not any(one_read(engine, fabric, PROBE_BYTES - 1) for _ in range(READS_INLINE + 1)), "too short to say much"
+    assert [one_read(engine, fabric) for _ in range(READS_INLINE)] == [False] * (READS_INLINE - 1) + [True]
+    assert heard == [True]
+    fabric.inline = False
+    assert not one_read(engine, fabric)
+    assert heard == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,10 @@ async def until(agent: Agent, event: str) -> None:
             await asyncio.sleep(0.001)
 
 
-def done(status: ReadStatus, done_bytes: int = 0, extents: list[tuple[int, int]] | None = None) -> wire.ReadDone:
-    return wire.ReadDone(status, done_bytes, wire.pack_extents(extents or []), False, "because")
+def done(
+    status: ReadStatus, done_bytes: int = 0, extents: list[tuple[int, int]] | None = None, *, inline: bool = False
+) -> wire.ReadDone:
+    return wire.ReadDone(status, done_bytes, wire.pack_extents(extents or []), inline, "because")
 
 
 async def test_the_end_of_a_quarantine_is_never_heard_before_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +213,7 @@ async def test_serving_is_told_when_it_grows_and_when_it_is_over(monkeypatch: py
                 heard += await asyncio.get_running_loop().sock_recv(it.script.sock, 1 << 16)
 
 
-async def test_a_connection_counts_as_inline_until_a_read_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_counts_as_inline_if_the_latest_read_was(monkeypatch: pytest.MonkeyPatch) -> None:
     async with agent(monkeypatch) as it:
         adding = asyncio.create_task(it.process.add_peer(OWNER))
         _, request_id = await it.script.hear()
@@ -223,6 +225,13 @@ async def test_a_connection_counts_as_inline_until_a_read_was_not(monkeypatch: p
         connection = it.process.connected("a:1:1")
         assert connection is not None
         assert not connection.inline
+        for status, counts in ((ReadStatus.BUSY, False), (ReadStatus.OK, True), (ReadStatus.TIMEOUT, True)):
+            read, read_id = await it.begin([Run(0, 0, MIB)])
+            it.script.say((done(status, inline=True), read_id))
+            await read
+            connection = it.process.connected("a:1:1")
+            assert connection is not None
+            assert connection.inline == counts
         read, read_id = await it.begin([Run(0, 0, MIB)])
         it.script.say((done(ReadStatus.DISCONNECTED), read_id))
         await read
