@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ LOG_LINES: Final = 30
 LOG_CAUSES: Final = 8
 """Lines that name an error, from before the last :data:`LOG_LINES`: vLLM reports a cause long before it ends."""
 PR_SET_PDEATHSIG: Final = 1
+PR_SET_TIMERSLACK: Final = 29
 _libc: Final = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be loaded between fork and exec
 
 
@@ -29,9 +31,11 @@ class ProcessFailed(P2PKVError):
     """A child ended, or did not get ready in time; the message carries the end of its log."""
 
 
-def die_with_parent() -> None:
-    """Run in a child before it executes: it is told to end when its parent is gone, however that ended."""
+def before_exec(timer_slack_ns: int) -> None:
+    """Run in a child: it is told to end when its parent is gone, however that ended; 0 keeps the kernel's slack."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if timer_slack_ns:
+        _libc.prctl(PR_SET_TIMERSLACK, timer_slack_ns)
 
 
 def clean_environment() -> dict[str, str]:
@@ -40,9 +44,21 @@ def clean_environment() -> dict[str, str]:
 
 
 class Child:
-    """One child in a process group of its own, so that whatever it starts ends with it."""
+    """One child in a process group of its own, so that whatever it starts ends with it.
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+    Args:
+        timer_slack_s: how late its timers may be, and those of all that it starts, so that the kernel can let them fire
+            together; 0: as late as ours.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        timer_slack_s: float = 0.0,
+    ) -> None:
         self.name = name
         self.log = log
         self._group_killed = False
@@ -55,7 +71,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(before_exec, int(timer_slack_s * 1e9)),
             )
 
     @property

@@ -147,3 +147,15 @@ def test_cpu_time_counts_descendants(tmp_path: Path, children: list[Child]) -> N
     assert said(child) == "done"
     assert cpu_seconds(child.pid) >= 0.29
     assert cpu_seconds(2**22 + 1) == 0.0  # beyond any process id
+
+
+def test_timers_of_a_child_and_of_what_it_starts_may_be_as_late_as_it_was_told(
+    tmp_path: Path, children: list[Child]
+) -> None:
+    show = "print(open('/proc/self/timerslack_ns').read().strip(), flush=True)"
+    outer = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {show!r}]))"
+    ours = Path("/proc/self/timerslack_ns").read_text()
+    for name, slack_s, shown in (("told", 0.010, "10000000"), ("not told", 0.0, ours)):
+        children.append(child := Child("outer", [sys.executable, "-c", outer], tmp_path / name, None, slack_s))
+        assert child.wait(30.0) == 0
+        assert said(child) == shown.strip()
