@@ -14,7 +14,7 @@ CXX := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BENCHES ?= fetch failover stress idle
+BENCHES ?= fetch failover stress idle index
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin

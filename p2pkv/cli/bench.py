@@ -82,6 +82,14 @@ def idle(quick: Quick = False, json: Json = False, check: Check = False) -> None
 
 
 @app.command()
+def index(quick: Quick = False, json: Json = False, check: Check = False) -> None:
+    """The prefix index: lookups, stores and memory of a hundred nodes, beside a dict and the reference."""
+    from p2pkv.bench import index as bench
+
+    finish(bench.run(quick=quick), json=json, check=check)
+
+
+@app.command()
 def busy(
     transport: Annotated[str, typer.Option(help="auto, tcp or nixl.")] = "auto",
     model: Annotated[Path, typer.Option(help="Where the small model is kept between runs.")] = Path(

@@ -34,6 +34,7 @@ HOLDERS_MAX: Final = 16
 """Owners per key that :meth:`PrefixIndex.holders` gives by default: more than a pull is ever split over."""
 
 _ROW_WORDS: Final = 8
+_ROW_BYTES: Final = 4 * _ROW_WORDS
 
 
 class NodeMatch(NamedTuple):
@@ -67,17 +68,20 @@ class Match:
     Owns its bytes; immutable; equal when the rows are.
     """
 
-    __slots__ = ("_words", "chain", "packed")
+    __slots__ = ("chain", "packed")
 
     def __init__(self, packed: bytes, chain: int) -> None:
         self.packed = packed
         """Rows of eight little-endian u32: node, depth, blocks in HBM, DRAM, SSD, SHARED, held, resume."""
         self.chain = chain
         """Length of the chain that was asked for."""
-        self._words = memoryview(packed).cast("I")
+
+    @property
+    def _words(self) -> memoryview[int]:
+        return memoryview(self.packed).cast("I")
 
     def __len__(self) -> int:
-        return len(self._words) // _ROW_WORDS
+        return len(self.packed) // _ROW_BYTES
 
     def __getitem__(self, i: int) -> NodeMatch:
         n = len(self)
@@ -103,12 +107,12 @@ class Match:
     @property
     def depth(self) -> int:
         """Depth of the deepest node; 0 when no node holds the first block."""
-        return self._words[1] if len(self._words) else 0
+        return self._words[1] if self.packed else 0
 
     @property
     def best(self) -> NodeMatch | None:
         """The deepest node (the lowest slot of several); ``None`` when no node holds anything that was asked for."""
-        return self[0] if len(self._words) else None
+        return self[0] if self.packed else None
 
     def of(self, node: int) -> NodeMatch | None:
         """One node's row; ``None`` when it has none. Reads the rows one by one."""
@@ -163,13 +167,13 @@ class Holders:
 
 
 class IndexStats(NamedTuple):
-    """Size of an index. ``nodes`` hold at least one entry; ``shared_keys`` have three owners or more."""
+    """Size of an index. ``nodes`` hold at least one entry; ``pages`` have 64 keys at most each."""
 
     nodes: int
     hidden_nodes: int
     keys: int
-    shared_keys: int
     entries: int
+    pages: int
     capacity_keys: int
     memory_bytes: int
 
@@ -290,10 +294,9 @@ class PrefixIndex:
 
     def match(self, keys: Buffer, *, beyond: bool = False) -> Match:
         try:
-            packed = self._core.match(keys, beyond)
+            return Match(*self._core.match(keys, beyond))
         except ValueError as error:
             raise InvalidArgument(str(error)) from error
-        return Match(packed, _key_count(keys))
 
     @property
     def lookup(self) -> object:

@@ -111,8 +111,8 @@ nb::dict stats(const PrefixIndex& index) {
   out["nodes"] = stats.nodes;
   out["hidden_nodes"] = stats.hidden_nodes;
   out["keys"] = stats.keys;
-  out["shared_keys"] = stats.shared_keys;
-  out["entries"] = stats.postings;
+  out["entries"] = stats.entries;
+  out["pages"] = stats.pages;
   out["capacity_keys"] = stats.capacity;
   out["memory_bytes"] = stats.bytes;
   return out;
@@ -185,7 +185,7 @@ NB_MODULE(_core, m) {
           "match",
           [](const PrefixIndex& index, nb::handle keys, bool beyond) {
             const KeysBuffer buffer(keys);
-            return pack(unlocked([&] { return index.match(buffer.keys(), beyond); }));
+            return nb::make_tuple(pack(unlocked([&] { return index.match(buffer.keys(), beyond); })), buffer.keys().size());
           },
           "keys"_a, "beyond"_a = false)
       .def(

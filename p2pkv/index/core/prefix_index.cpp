@@ -1,19 +1,18 @@
+// What is asked of the index, and what both halves share.
 #include "prefix_index.hpp"
 
 #include <algorithm>
 #include <random>
+#include <span>
+#include <string>
 
 namespace p2pkv::index {
 namespace {
 
-// Slices in which writers give way to readers: some 10 to 50 us each.
-constexpr std::size_t kKeysPerSlice = 256;
-constexpr std::size_t kSlotsPerSlice = 4096;
-// How far ahead slots are fetched: about one memory latency of lookups.
-constexpr std::size_t kPrefetchAhead = 16;
-constexpr std::size_t kMaxKeys = std::size_t{1} << 31U;  // depths are u32
+constexpr std::size_t kKeysMost = std::size_t{1} << 31U;  // depths are u32
 constexpr std::int64_t kHoldersLimit = 256;
 constexpr std::uint32_t kNoRow = ~0U;
+constexpr std::size_t kNodesReserved = 65'536;
 
 std::uint64_t random_seed() {
   std::random_device device;
@@ -26,23 +25,29 @@ std::uint32_t checked_max_nodes(std::int64_t max_nodes) {
   return static_cast<std::uint32_t>(max_nodes);
 }
 
-std::size_t checked_max_entries(std::int64_t max_entries) {
-  if (max_entries < 1) throw std::invalid_argument("max_entries must be at least 1");
-  return static_cast<std::size_t>(max_entries);
-}
-
-void check_length(const Keys& keys) {
-  if (keys.size() >= kMaxKeys) throw std::invalid_argument("more than 2^31 keys in one call");
-}
+/// The order of an answer.
+bool comes_before(const Row& a, const Row& b) { return a.depth != b.depth ? a.depth > b.depth : a.node < b.node; }
 
 bool same(std::span<const Owner> a, std::span<const Owner> b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
 }
 
+std::size_t checked_max_entries(std::int64_t max_entries) {
+  if (max_entries < 1) throw std::invalid_argument("max_entries must be at least 1");
+  return static_cast<std::size_t>(max_entries);
+}
+
 }  // namespace
 
 PrefixIndex::PrefixIndex(std::int64_t max_nodes, std::int64_t max_entries)
-    : max_nodes_(checked_max_nodes(max_nodes)), max_entries_(checked_max_entries(max_entries)), table_(random_seed()) {}
+    : max_nodes_(checked_max_nodes(max_nodes)), max_entries_(checked_max_entries(max_entries)), table_(pages_, random_seed()) {
+  nodes_.reserve(std::min<std::size_t>(max_nodes_, kNodesReserved));  // so that it does not move while readers wait
+}
+
+PrefixIndex::~PrefixIndex() {
+  for (PageId id = 0; id < pages_.top(); ++id)
+    if (pages_.taken(id)) pages_[id].clear();
+}
 
 std::uint32_t PrefixIndex::check_node(std::int64_t node) const {
   if (node < 0 || node >= max_nodes_)
@@ -56,196 +61,102 @@ std::uint32_t PrefixIndex::check_tier(std::int64_t tier, std::uint32_t lowest) {
   return static_cast<std::uint32_t>(tier);
 }
 
-PrefixIndex::Node& PrefixIndex::node_locked(std::uint32_t node) {
-  if (node >= nodes_.size()) nodes_.resize(node + 1);
-  return nodes_[node];
+void PrefixIndex::check_length(const Keys& keys) {
+  if (keys.size() >= kKeysMost) throw std::invalid_argument("more than 2^31 keys in one call");
 }
 
-// --- writing -----------------------------------------------------------------------------------------------------
-
-std::size_t PrefixIndex::apply(std::int64_t node, const Keys& keys, std::int64_t tier) {
-  const std::uint32_t slot = check_node(node);
-  const std::uint32_t to = check_tier(tier, 0);
-  check_length(keys);
-  const std::lock_guard writing(writer_);
-  return apply_locked(slot, keys, to);
+void PrefixIndex::throw_full() const {
+  throw IndexFull("the index holds its limit of " + std::to_string(max_entries_) + " entries");
 }
 
-std::size_t PrefixIndex::apply_locked(std::uint32_t node, const Keys& keys, std::uint32_t tier) {
-  std::size_t changed = 0;
-  for (std::size_t from = 0; from < keys.size(); from += kKeysPerSlice) {
-    const std::size_t to = std::min(from + kKeysPerSlice, keys.size());
-    const std::unique_lock lock(lock_);
-    Node& state = node_locked(node);
-    for (std::size_t i = from; i < std::min(from + kPrefetchAhead, to); ++i) table_.prefetch(keys[i]);
-    for (std::size_t i = from; i < to; ++i) {
-      if (i + kPrefetchAhead < to) table_.prefetch(keys[i + kPrefetchAhead]);
-      const Key key = keys[i];
-      if (tier == 0) {
-        const std::uint32_t had = table_.erase(key, node);
-        if (had == 0) continue;
-        state.checksum ^= entry_checksum(key, had);
-        --state.count;
-      } else {
-        // Only a new entry is refused. At the limit this costs a second look-up; below it, nothing.
-        if (table_.postings() >= max_entries_ && table_.tier(key, node) == 0)
-          throw IndexFull("the index holds its limit of " + std::to_string(max_entries_) + " entries");
-        const std::uint32_t had = table_.set(key, node, tier);
-        if (had == tier) continue;
-        if (had == 0)
-          ++state.count;
-        else
-          state.checksum ^= entry_checksum(key, had);
-        state.checksum ^= entry_checksum(key, tier);
-      }
-      ++changed;
-    }
-  }
-  return changed;
-}
-
-/// Takes out of `node` every entry for which stale(key) holds, up to `most`. Reads every slot: this form keeps no list
-/// of a node's keys, because removals are rare and 8 bytes more per entry are not.
-template <typename Stale>
-std::size_t PrefixIndex::sweep_locked(std::uint32_t node, std::size_t most, Stale&& stale) {
-  std::size_t removed = 0;
-  const std::size_t capacity = table_.capacity();
-  for (std::size_t i = 0; i < capacity && removed < most;) {
-    const std::unique_lock lock(lock_);
-    const std::size_t end = std::min(i + kSlotsPerSlice, capacity);
-    while (i < end && removed < most) {
-      const std::uint32_t had = table_.tier_at(i, node);
-      const Key key = table_.key_at(i);
-      if (had == 0 || !stale(key)) {
-        ++i;
-        continue;
-      }
-      table_.erase_at(i, node);  // and no ++i: the next key of the probe chain may have moved here
-      nodes_[node].checksum ^= entry_checksum(key, had);
-      --nodes_[node].count;
-      ++removed;
-    }
-  }
-  const std::unique_lock lock(lock_);
-  table_.shrink();
-  return removed;
-}
-
-std::size_t PrefixIndex::replace(std::int64_t node, const std::vector<Group>& groups) {
-  const std::uint32_t slot = check_node(node);
-  std::vector<Key> wanted;
-  for (const auto& [tier, keys] : groups) {
-    check_tier(tier, 1);
-    check_length(keys);
-    for (std::size_t i = 0; i < keys.size(); ++i) wanted.push_back(keys[i]);
-  }
-  std::sort(wanted.begin(), wanted.end());
-  wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-
-  const std::lock_guard writing(writer_);
-  std::size_t changed = 0;
-  // New entries first, then what is left over: a reader never sees the node without something it has before and after.
-  for (const auto& [tier, keys] : groups) changed += apply_locked(slot, keys, static_cast<std::uint32_t>(tier));
-  std::size_t surplus = 0;
-  {
-    const std::unique_lock lock(lock_);
-    surplus = node_locked(slot).count - wanted.size();
-  }
-  if (surplus != 0)
-    changed += sweep_locked(slot, surplus, [&](Key key) { return !std::binary_search(wanted.begin(), wanted.end(), key); });
-  return changed;
-}
-
-std::size_t PrefixIndex::remove_node(std::int64_t node) {
-  const std::uint32_t slot = check_node(node);
-  const std::lock_guard writing(writer_);
-  std::size_t count = 0;
-  {
-    const std::unique_lock lock(lock_);
-    if (slot >= nodes_.size()) return 0;
-    count = nodes_[slot].count;
-    nodes_[slot].hidden = true;  // gone for readers at once; its entries follow
-  }
-  const std::size_t removed = count == 0 ? 0 : sweep_locked(slot, count, [](Key) { return true; });
-  const std::unique_lock lock(lock_);
-  nodes_[slot] = Node{};  // the slot may be given to another node now
-  return removed;
-}
-
-void PrefixIndex::hide(std::int64_t node, bool hidden) {
-  const std::uint32_t slot = check_node(node);
-  const std::lock_guard writing(writer_);
-  const std::unique_lock lock(lock_);
-  node_locked(slot).hidden = hidden;
-}
-
-// --- reading -----------------------------------------------------------------------------------------------------
+// --- who holds how much
 
 std::vector<Row> PrefixIndex::match(const Keys& keys, bool beyond) const {
   check_length(keys);
   std::vector<Row> rows;
-  const std::shared_lock lock(lock_);
-  match_prefix(keys, rows);
-  if (beyond) match_beyond(keys, rows);
-  std::sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) {
-    return a.depth != b.depth ? a.depth > b.depth : a.node < b.node;
-  });
+  {
+    const std::shared_lock lock(lock_);
+    rows = match_prefix(keys);
+    if (beyond) match_beyond(keys, rows);
+  }
+  if (beyond) std::sort(rows.begin(), rows.end(), comes_before);
   return rows;
 }
 
-/// Walks the chain with the set of nodes that still hold all of it. Most neighbours have the very same owners in the
-/// very same tiers: then the step is one comparison, whatever the number of owners.
-void PrefixIndex::match_prefix(const Keys& keys, std::vector<Row>& rows) const {
+/// Walks the chain, run by run, with the nodes that still hold all of it; each page's owners ascend, as these nodes do.
+/// Most pages have the very owners of the page before, who hold all of it: then a run is one comparison, however many.
+/// The deepest nodes drop out last, so the answer is filled from its end.
+std::vector<Row> PrefixIndex::match_prefix(const Keys& keys) const {
   const auto length = static_cast<std::uint32_t>(keys.size());
-  if (length == 0) return;
-  for (std::size_t i = 0; i < std::min<std::size_t>(kPrefetchAhead, length); ++i) table_.prefetch(keys[i]);
-
-  PostingTable::Inline scratch[2];
-  std::span<const Owner> previous = table_.owners(keys[0], scratch[0]);
-  std::vector<Row> live;
-  live.reserve(previous.size());
-  for (const Owner owner : previous)
-    if (visible(owner)) live.push_back({node_of(owner), 0, {}, 0, length});
-
-  std::uint32_t run = 0;  // positions before i with the same owners as position i - 1
-  const auto count_run = [&] {
-    auto owner = previous.begin();
-    for (Row& row : live) {  // both ascend by node, and every live node is among the owners
-      while (node_of(*owner) != row.node) ++owner;
-      row.by_tier[tier_of(*owner) - 1] += run;
+  std::vector<Row> live, rows, dropped;
+  std::span<const Owner> last;  // owners of the page before; every live node is among them
+  std::uint32_t same_since = 0;  // keys for which that has been so, in these tiers, and which no row counts yet
+  const auto count_same = [&] {
+    auto owner = last.begin();
+    for (Row& row : live) {
+      while (node_of(*owner) < row.node) ++owner;
+      row.by_tier[tier_of(*owner) - 1] += same_since;
     }
+    same_since = 0;
   };
-  std::uint32_t i = 0;
-  for (; i < length && !live.empty(); ++i) {
-    if (i + kPrefetchAhead < length) table_.prefetch(keys[i + kPrefetchAhead]);
-    const std::span<const Owner> current = table_.owners(keys[i], scratch[(i + 1) & 1U]);
-    if (i == 0 || same(current, previous)) {
-      ++run;
-      // An inline list lies in the scratch that the next lookup overwrites: go on with the younger copy.
-      previous = current;
+  Walk walk(pages_, table_, keys);
+  Run run;
+  std::uint32_t walked = 0;
+  while (walk.next(run, length) && run.found()) {
+    const Page& page = pages_[run.page];
+    const std::span<const Owner> owners(page.owner(), page.owners());
+    const Mask* const masks = page.mask();
+    const Mask wanted = run.mask();
+    Mask all = wanted;
+    for (std::size_t o = 0; o < owners.size(); ++o) all &= masks[o];
+    if (run.from == 0) {
+      live.resize(owners.size());
+      std::size_t n = 0;
+      for (std::size_t o = 0; o < owners.size(); ++o) {
+        const std::uint32_t node = node_of(owners[o]);
+        if ((masks[o] >> run.place & 1U) == 0 || nodes_[node].hidden) continue;
+        live[n].node = node;
+        live[n++].resume = length;
+      }
+      live.resize(n);
+      last = owners;
+      rows.resize(live.size());
+    }
+    walked = run.from + run.count;
+    if (all == wanted && same(owners, last)) {
+      same_since += run.count;
+      last = owners;
       continue;
     }
-    count_run();
-    auto owner = current.begin();
-    std::size_t kept = 0;
+    if (same_since != 0) count_same();
+    last = owners;
+    std::size_t o = 0, kept = 0;
+    dropped.clear();
     for (Row& row : live) {
-      while (owner != current.end() && node_of(*owner) < row.node) ++owner;
-      if (owner != current.end() && node_of(*owner) == row.node) {
+      while (o < owners.size() && node_of(owners[o]) < row.node) ++o;
+      Mask held = 0;
+      const std::size_t first = o;
+      for (; o < owners.size() && node_of(owners[o]) == row.node; ++o) held |= masks[o];
+      const auto has = std::min(run.count, static_cast<std::uint32_t>(std::countr_one(held >> run.place)));
+      for (std::size_t k = first; has != 0 && k < o; ++k)
+        row.by_tier[tier_of(owners[k]) - 1] += static_cast<std::uint32_t>(std::popcount(masks[k] & ones(run.place, has)));
+      if (has == run.count) {
         live[kept++] = row;
       } else {
-        row.depth = row.held = i;
-        rows.push_back(row);
+        dropped.push_back(row);  // and then its depth: a copy of what has just been written waits for it
+        dropped.back().depth = dropped.back().held = run.from + has;
       }
     }
+    if (!std::is_sorted(dropped.begin(), dropped.end(), comes_before))
+      std::sort(dropped.begin(), dropped.end(), comes_before);
+    std::copy(dropped.begin(), dropped.end(), rows.begin() + static_cast<std::ptrdiff_t>(kept));
     live.resize(kept);
-    previous = current;
-    run = 1;
+    if (kept == 0) break;
   }
-  if (!live.empty()) count_run();
-  for (Row& row : live) {
-    row.depth = row.held = i;
-    rows.push_back(row);
-  }
+  if (same_since != 0) count_same();
+  for (Row& row : live) row.depth = row.held = walked;
+  std::copy(live.begin(), live.end(), rows.begin());
+  return rows;
 }
 
 /// Counts every position that a node holds, and finds the first one behind its first hole.
@@ -256,31 +167,37 @@ void PrefixIndex::match_beyond(const Keys& keys, std::vector<Row>& rows) const {
     row_of[rows[r].node] = r;
     rows[r].held = 0;
   }
-  for (std::uint32_t i = 0; i < length; ++i) {
-    if (i + kPrefetchAhead < length) table_.prefetch(keys[i + kPrefetchAhead]);
-    PostingTable::Inline scratch;
-    for (const Owner owner : table_.owners(keys[i], scratch)) {
-      if (!visible(owner)) continue;
-      std::uint32_t& r = row_of[node_of(owner)];
+  Walk walk(pages_, table_, keys);
+  Run run;
+  while (walk.next(run, length)) {
+    if (!run.found()) continue;
+    const Page& page = pages_[run.page];
+    for (std::uint32_t o = 0; o < page.owners(); ++o) {
+      const Mask held = page.mask()[o] & run.mask();
+      const std::uint32_t node = node_of(page.owner()[o]);
+      if (held == 0 || nodes_[node].hidden) continue;
+      std::uint32_t& r = row_of[node];
       if (r == kNoRow) {
         r = static_cast<std::uint32_t>(rows.size());
-        rows.push_back({node_of(owner), 0, {}, 0, length});
+        rows.push_back({node, 0, {}, 0, length});
       }
-      ++rows[r].held;
-      if (i > rows[r].depth && rows[r].resume == length) rows[r].resume = i;
+      Row& row = rows[r];
+      row.held += static_cast<std::uint32_t>(std::popcount(held));
+      if (run.from + run.count <= row.depth) continue;
+      const unsigned skipped = row.depth > run.from ? row.depth - run.from : 0;
+      if (const Mask behind = held >> run.place >> skipped; behind != 0)
+        row.resume = std::min(row.resume, run.from + skipped + static_cast<std::uint32_t>(std::countr_zero(behind)));
     }
   }
 }
 
-bool PrefixIndex::any_visible(std::span<const Owner> owners) const {
-  return std::any_of(owners.begin(), owners.end(), [this](Owner owner) { return visible(owner); });
-}
+// --- who holds each
 
 std::vector<std::uint32_t> PrefixIndex::holders(const Keys& keys, std::int64_t limit, std::int64_t start) const {
   check_length(keys);
   if (limit < 1 || limit > kHoldersLimit)
     throw std::invalid_argument("limit must be within 1.." + std::to_string(kHoldersLimit));
-  if (keys.size() * static_cast<std::size_t>(limit) >= kMaxKeys)
+  if (keys.size() * static_cast<std::size_t>(limit) >= kKeysMost)
     throw std::invalid_argument("keys times limit must stay below 2^31 in one call");
   const std::uint32_t first = check_node(start);
   std::vector<std::uint32_t> out;
@@ -289,54 +206,76 @@ std::vector<std::uint32_t> PrefixIndex::holders(const Keys& keys, std::int64_t l
   const auto most = static_cast<std::size_t>(limit);
   const std::size_t entries = out.size();
   const std::shared_lock lock(lock_);
-  for (std::size_t i = 0; i < keys.size(); ++i) {
-    if (i + kPrefetchAhead < keys.size()) table_.prefetch(keys[i + kPrefetchAhead]);
-    PostingTable::Inline scratch;
-    const auto owners = table_.owners(keys[i], scratch);
-    const auto middle = std::lower_bound(owners.begin(), owners.end(), make_owner(first, 0));
-    const std::size_t before = out.size();
-    const auto take = [&](auto from, auto to) {
-      for (; from != to && out.size() - before < most; ++from)
-        if (visible(*from)) out.push_back((node_of(*from) << 8U) | tier_of(*from));
-    };
-    take(middle, owners.end());
-    take(owners.begin(), middle);
-    out[i + 1] = static_cast<std::uint32_t>(out.size() - entries);
+  Walk walk(pages_, table_, keys);
+  Run run;
+  while (walk.next(run, keys.size())) {
+    const Page* page = run.found() ? &pages_[run.page] : nullptr;
+    const std::uint32_t middle = page == nullptr ? 0 : page->find(make_owner(first, 0));
+    for (std::uint32_t n = 0; n < run.count; ++n) {
+      const std::size_t before = out.size();
+      const auto add = [&](std::uint32_t from, std::uint32_t to) {
+        for (std::uint32_t o = from; o < to && out.size() - before < most; ++o) {
+          const Owner owner = page->owner()[o];
+          if ((page->mask()[o] >> (run.place + n) & 1U) != 0 && !hidden(owner))
+            out.push_back((node_of(owner) << 8U) | tier_of(owner));
+        }
+      };
+      if (page != nullptr) {
+        add(middle, page->owners());
+        add(0, middle);
+      }
+      out[run.from + n + 1] = static_cast<std::uint32_t>(out.size() - entries);
+    }
   }
   return out;
 }
 
+/// Which keys of a run visible nodes hold: bit 0 is its first one.
+Mask PrefixIndex::visible(const Run& run) const {
+  const Page& page = pages_[run.page];
+  const Mask wanted = run.mask();
+  Mask seen = 0;
+  for (std::uint32_t o = 0; o < page.owners() && seen != wanted; ++o)
+    if ((page.mask()[o] & wanted & ~seen) != 0 && !hidden(page.owner()[o])) seen |= page.mask()[o] & wanted;
+  return seen >> run.place;
+}
+
 void PrefixIndex::contains_any(const Keys& keys, unsigned char* out) const {
   const std::shared_lock lock(lock_);
-  for (std::size_t i = 0; i < keys.size(); ++i) {
-    if (i + kPrefetchAhead < keys.size()) table_.prefetch(keys[i + kPrefetchAhead]);
-    PostingTable::Inline scratch;
-    out[i] = any_visible(table_.owners(keys[i], scratch)) ? 1 : 0;
+  Walk walk(pages_, table_, keys);
+  Run run;
+  while (walk.next(run, keys.size())) {
+    const Mask seen = run.found() ? visible(run) : 0;
+    for (std::uint32_t n = 0; n < run.count; ++n) out[run.from + n] = seen >> n & 1U;
   }
 }
 
 std::size_t PrefixIndex::reach(const Keys& keys) const {
   const std::shared_lock lock(lock_);
-  std::size_t i = 0;
-  for (; i < keys.size(); ++i) {
-    if (i + kPrefetchAhead < keys.size()) table_.prefetch(keys[i + kPrefetchAhead]);
-    PostingTable::Inline scratch;
-    if (!any_visible(table_.owners(keys[i], scratch))) break;
+  Walk walk(pages_, table_, keys);
+  Run run;
+  while (walk.next(run, keys.size())) {
+    const auto seen = run.found() ? static_cast<std::uint32_t>(std::countr_one(visible(run))) : 0;
+    if (seen < run.count) return run.from + seen;
   }
-  return i;
+  return keys.size();
 }
+
+// --- one node, and all
 
 std::array<std::vector<Key>, kTierMax> PrefixIndex::snapshot(std::int64_t node) const {
   const std::uint32_t slot = check_node(node);
   std::array<std::vector<Key>, kTierMax> out;
-  // Writers wait, readers do not: with writer_ held nothing changes, so the table can be read without lock_.
+  // Writers wait, readers do not: with writer_ held nothing changes.
   const std::lock_guard writing(writer_);
   std::size_t left = slot < nodes_.size() ? nodes_[slot].count : 0;
-  for (std::size_t i = 0; left != 0 && i < table_.capacity(); ++i) {
-    const std::uint32_t tier = table_.tier_at(i, slot);
-    if (tier == 0) continue;
-    out[tier - 1].push_back(table_.key_at(i));
-    --left;
+  for (PageId id = 0; left != 0 && id < pages_.top(); ++id) {
+    if (!pages_.taken(id)) continue;
+    const Page& page = pages_[id];
+    for (std::uint32_t o = page.find(make_owner(slot, 0)); o < page.owners() && node_of(page.owner()[o]) == slot; ++o) {
+      std::vector<Key>& keys = out[tier_of(page.owner()[o]) - 1];
+      for (Mask mask = page.mask()[o]; mask != 0; mask &= mask - 1, --left) keys.push_back(page.keys[std::countr_zero(mask)]);
+    }
   }
   return out;
 }
@@ -359,17 +298,17 @@ std::uint32_t PrefixIndex::top() const {
 }
 
 Stats PrefixIndex::stats() const {
-  const std::shared_lock lock(lock_);
+  const std::lock_guard writing(writer_);
   Stats stats{};
   for (const Node& node : nodes_) {
     stats.nodes += node.count != 0 ? 1 : 0;
     stats.hidden_nodes += node.hidden ? 1 : 0;
   }
   stats.keys = table_.keys();
-  stats.shared_keys = table_.shared_keys();
-  stats.postings = table_.postings();
+  stats.entries = postings_;
+  stats.pages = pages_.used();
   stats.capacity = table_.capacity();
-  stats.bytes = table_.bytes() + nodes_.capacity() * sizeof(Node);
+  stats.bytes = pages_.bytes() + table_.bytes() + many_bytes_ + nodes_.size() * sizeof(Node);
   return stats;
 }
 

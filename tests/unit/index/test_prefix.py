@@ -330,6 +330,54 @@ def test_stats_count_what_is_there() -> None:
     index.apply(0, keys(1, 2), Tier.DRAM)
     index.hide(2, True)
     stats = index.stats()
-    assert (stats.nodes, stats.hidden_nodes, stats.keys, stats.shared_keys, stats.entries) == (3, 1, 3, 1, 5)
+    assert (stats.nodes, stats.hidden_nodes, stats.keys, stats.entries, stats.pages) == (3, 1, 3, 5, 1)
     assert stats.capacity_keys >= 3
     assert stats.memory_bytes > 0
+
+
+def test_what_eviction_leaves_of_many_pages_is_gathered_in_a_few() -> None:
+    index, oracle = PrefixIndex(), ReferenceIndex()
+    chain = np.random.default_rng(2).integers(0, 1 << 63, size=6_400, dtype=np.uint64)
+    evicted = np.delete(chain, slice(7, None, 64))
+    for each in (index, oracle):
+        each.apply(1, chain, Tier.DRAM)
+        each.apply(2, chain[::3].copy(), Tier.SSD)
+        each.apply(2, evicted, Tier.GONE)
+    assert index.stats().pages == 100, "the other owner still has them"
+    for each in (index, oracle):
+        each.apply(1, evicted, Tier.GONE)
+    assert index.stats().keys == 100
+    assert index.stats().pages <= 4
+    assert index.match(chain, beyond=True) == oracle.match(chain, beyond=True)
+    assert index.holders(chain) == oracle.holders(chain)
+    assert index.apply(1, chain, Tier.DRAM) == len(evicted)
+    assert index.match(chain).depth == len(chain)
+
+
+def test_a_chain_is_found_whole_whatever_pieces_it_came_in() -> None:
+    rng = np.random.default_rng(3)
+    index = PrefixIndex()
+    chain = rng.integers(0, 1 << 63, size=1_000, dtype=np.uint64)
+    cuts = np.sort(rng.choice(1_000, size=40, replace=False))
+    pieces = np.split(chain, cuts)
+    for piece in [pieces[i] for i in rng.permutation(len(pieces))]:
+        index.apply(int(rng.integers(1, 3)), piece, Tier.DRAM)  # either of two nodes, in any order
+    for piece in pieces:
+        index.apply(3, piece.copy(), Tier.HBM)
+    row = index.match(chain, beyond=True).of(3)
+    assert row == NodeMatch(3, 1_000, (1_000, 0, 0, 0), 1_000, 1_000)
+    assert index.reach(chain) == 1_000
+
+
+def test_memory_is_given_back_when_a_node_leaves() -> None:
+    index = PrefixIndex()
+    chains = np.random.default_rng(4).integers(0, 1 << 63, size=(3, 50_000), dtype=np.uint64)
+    for node, chain in enumerate(chains):
+        index.apply(node, chain, Tier.DRAM)
+    full = index.stats()
+    assert full.memory_bytes < 24 * full.entries
+    for node in (1, 0, 2):
+        assert index.remove_node(node) == 50_000
+    empty = index.stats()
+    assert (empty.keys, empty.entries, empty.pages, empty.nodes) == (0, 0, 0, 0)
+    assert empty.memory_bytes < 64 << 10

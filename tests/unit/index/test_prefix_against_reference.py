@@ -17,7 +17,11 @@ from p2pkv.types import MASK64, Tier
 NODES = st.sampled_from([0, 1, 2, 3, 4, 5, 255, 65_535])
 # Few keys, so that nodes meet; the two that a careless table would use as markers among them.
 KEY_POOL = [0, MASK64, *range(1, 30)]
-KEYS = st.lists(st.sampled_from(KEY_POOL), max_size=24)
+FEW = st.lists(st.sampled_from(KEY_POOL), max_size=24)
+# Runs of one long chain: they fill pages of 64 keys, make holes in them, and leave too little of them to keep.
+LONG = [n << 32 for n in range(1, 401)]
+RUNS = st.builds(lambda at, length: LONG[at : at + length], st.integers(0, 399), st.integers(1, 150))
+KEYS = st.one_of(FEW, RUNS, st.lists(RUNS, max_size=3).map(lambda runs: [key for run in runs for key in run]))
 TIERS = st.sampled_from(list(Tier))
 PLACES = st.sampled_from([tier for tier in Tier if tier is not Tier.GONE])
 
@@ -75,8 +79,8 @@ class SideBySide(RuleBasedStateMachine):
 
     @invariant()
     def same_answer_about_everything(self) -> None:
-        chain = pack_keys(KEY_POOL)
-        assert self.core.match(chain, beyond=True) == self.oracle.match(chain, beyond=True)
+        for chain in (pack_keys(KEY_POOL), pack_keys(LONG)):
+            assert self.core.match(chain, beyond=True) == self.oracle.match(chain, beyond=True)
 
 
 TestSideBySide = SideBySide.TestCase
@@ -85,7 +89,7 @@ TestSideBySide.settings = settings(max_examples=60, stateful_step_count=40, dead
 
 @pytest.mark.parametrize("seed", range(4))
 def test_chains_that_come_go_and_change_tiers_through_growth_and_shrinking(seed: int) -> None:
-    """Long chains over several table sizes: probe chains that wrap, backward shifts, vectors that come and go."""
+    """Buckets that are split and joined, pages that are filled, emptied, gathered from and used again."""
     rng = random.Random(seed)
     core, oracle = PrefixIndex(), ReferenceIndex()
     chains = [[rng.getrandbits(64) for _ in range(200)] for _ in range(12)]

@@ -1,0 +1,142 @@
+"""``p2pkv bench index``: the prefix index, beside a dict of bit masks and the reference written to be obviously right.
+
+Each workload is stored and asked in a process of its own (:mod:`p2pkv.bench.index_child`), so that its resident memory
+is the index's. Times of lookups are those of whole calls from Python, with keys in a numpy array, answer readable; of
+stores, CPU time. The slow ways get a smaller fleet, which is in their rows.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from p2pkv.bench import report
+from p2pkv.bench.child import Child
+from p2pkv.bench.index_child import KINDS, Measured
+from p2pkv.bench.index_workloads import WORKLOADS
+from p2pkv.bench.progress import Progress
+from p2pkv.bench.report import Claim, Report, Row, at_most, percentile, rounded
+
+NODES: Final = 100
+BLOCKS: Final = 31_000
+NODES_SLOW: Final = 20
+BLOCKS_SLOW: Final = 5_120
+BLOCKS_QUICK: Final = 2_560
+EVENTS: Final = (512, 16, 1)
+"""Blocks per event. The smallest is asked of one workload only: 3.1 million calls."""
+CHILD_S: Final = 300.0
+MEMORY_KEYS_MIN: Final = 1_000_000
+"""With fewer, what every index has from its start is most of its memory."""
+
+LOOKUP_US: Final = {"disjoint": 5.0, "shared": 8.0, "replicated": 8.0}
+LOOKUP_P99_US: Final = 20.0
+STORE_NS: Final = {512: 100.0, 16: 200.0, 1: 1_000.0}
+MEMORY_BYTES: Final = {"disjoint": 24.0, "replicated": 4.0}
+
+
+class Lookup(Row, frozen=True, kw_only=True):
+    """Calls of ``match`` with chains of 512 keys. ``answer_rows``: nodes in an answer."""
+
+    workload: str
+    query: str
+    way: str
+    nodes: int
+    blocks_per_node: int
+    samples: int
+    answer_rows: int
+    p50_us: float | None
+    p99_us: float | None
+
+
+class Store(Row, frozen=True, kw_only=True):
+    """Storing all of a workload, CPU time. ``keys``: in all events; ``entries``: distinct (node, key) pairs.
+    ``rss_bytes_per_entry``: what the process grew by; ``memory_...``: what the index says of itself."""
+
+    workload: str
+    way: str
+    nodes: int
+    keys: int
+    entries: int
+    event_blocks: int
+    ns_per_key: float | None
+    us_per_event: float | None
+    rss_bytes_per_entry: float | None
+    memory_bytes_per_entry: float | None
+
+
+def run(*, quick: bool = False, progress: Progress | None = None) -> Report:
+    """Measure every workload with every way."""
+    progress = progress or Progress()
+    rows: list[Row] = []
+    for workload in WORKLOADS:
+        for event in EVENTS:
+            if event == 1 and workload != "disjoint":
+                continue
+            rows += measure("core", workload, NODES, BLOCKS_QUICK if quick else BLOCKS, event, progress)
+        for way in ("dict", "reference"):
+            rows += measure(way, workload, NODES_SLOW, BLOCKS_QUICK if quick else BLOCKS_SLOW, EVENTS[0], progress)
+    return report.make_report("index", rows, claims_of(rows))
+
+
+def measure(way: str, workload: str, nodes: int, blocks: int, event: int, progress: Progress) -> list[Row]:
+    """One process: its rows."""
+    progress.say(f"index: {workload}, {way}, {nodes} nodes x {blocks} blocks in events of {event}")
+    with Child("index_child", way, workload, str(nodes), str(blocks), str(event)) as child:
+        found = msgspec.json.decode(child.line(CHILD_S), type=Measured)
+    rows: list[Row] = [
+        Store(
+            workload=workload,
+            way=way,
+            nodes=nodes,
+            keys=found.keys,
+            entries=found.entries,
+            event_blocks=event,
+            ns_per_key=rounded(found.store_s / found.keys * 1e9),
+            us_per_event=rounded(found.store_s / found.events * 1e6),
+            rss_bytes_per_entry=rounded(found.rss_bytes / found.entries),
+            memory_bytes_per_entry=rounded(found.memory_bytes / found.entries) if found.memory_bytes else None,
+        )
+    ]
+    if event != EVENTS[0]:
+        return rows  # the same index, asked the same
+    for kind in KINDS:
+        times = found.asked[kind]
+        rows.append(
+            Lookup(
+                workload=workload,
+                query=kind,
+                way=way,
+                nodes=nodes,
+                blocks_per_node=blocks,
+                samples=len(times),
+                answer_rows=found.rows[kind],
+                p50_us=rounded(percentile(times, 50) * 1e6),
+                p99_us=rounded(percentile(times, 99) * 1e6),
+            )
+        )
+    return rows
+
+
+def claims_of(rows: list[Row]) -> list[Claim]:
+    """Issue 3, points 1 and 2."""
+    claims = []
+    for row in rows:
+        if isinstance(row, Lookup) and row.way == "core":
+            id_ = f"index.match.{row.workload}.{row.query}"
+            what = "a chain of 512 keys, from Python"
+            claims.append(at_most(id_, number(row.p50_us), LOOKUP_US[row.workload], "us", f"{what}, p50"))
+            claims.append(at_most(f"{id_}.p99", number(row.p99_us), LOOKUP_P99_US, "us", f"{what}, p99"))
+        if isinstance(row, Store) and row.way == "core":
+            id_, limit = f"index.store.{row.workload}.{row.event_blocks}", STORE_NS[row.event_blocks]
+            claims.append(at_most(id_, number(row.ns_per_key), limit, "ns", "CPU per key of an event"))
+            if row.event_blocks == EVENTS[0] and row.workload in MEMORY_BYTES and row.keys >= MEMORY_KEYS_MIN:
+                what = "resident bytes per (node, key) entry"
+                id_, limit = f"index.memory.{row.workload}", MEMORY_BYTES[row.workload]
+                claims.append(at_most(id_, number(row.rss_bytes_per_entry), limit, "B", what))
+    return claims
+
+
+def number(value: float | None) -> float:
+    """What a row shows, for a claim."""
+    return float("nan") if value is None else value

@@ -1,0 +1,131 @@
+"""One workload of the index benchmark in a process of its own, so that its memory is nobody else's.
+
+Its arguments: way, workload, nodes, blocks per node, blocks per event. It stores the workload, looks chains up, and
+answers with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from p2pkv.bench.child import answer
+from p2pkv.bench.index_workloads import cut, make, queries
+from p2pkv.index.hashing import unpack_keys
+from p2pkv.index.prefix import PrefixIndex
+from p2pkv.index.reference import ReferenceIndex
+from p2pkv.types import Tier
+
+KINDS: Final = ("full", "half", "miss")
+SAMPLES: Final = 4_000
+SAMPLES_SLOW: Final = 40
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """``keys``: in all events; ``entries``: distinct (node, key) pairs. ``store_s``: CPU seconds to store all.
+    ``asked``: per kind of query the seconds of each call; ``rows``: nodes in the last answer."""
+
+    keys: int
+    entries: int
+    events: int
+    store_s: float
+    rss_bytes: int
+    memory_bytes: int
+    asked: dict[str, list[float]]
+    rows: dict[str, int]
+
+
+class DictIndex:
+    """A dict of bit masks of nodes: what one writes down in an afternoon."""
+
+    def __init__(self) -> None:
+        self.nodes_of: dict[int, int] = {}
+
+    def apply(self, node: int, keys: bytes, tier: int) -> None:
+        """The node has these keys."""
+        bit, nodes_of = 1 << node, self.nodes_of
+        for key in unpack_keys(keys):
+            nodes_of[key] = nodes_of.get(key, 0) | bit
+
+    def match(self, keys: Any) -> list[tuple[int, int]]:
+        """(node, depth), of those that hold the first key."""
+        rows: list[tuple[int, int]] = []
+        nodes_of, live, depth = self.nodes_of, -1, 0
+        for key in unpack_keys(keys):
+            here = nodes_of.get(key, 0)
+            left = live & here if depth else here
+            if left != live and depth:
+                rows += [(node, depth) for node in bits(live & ~here)]
+            live = left
+            if not live:
+                return rows
+            depth += 1
+        return rows + [(node, depth) for node in bits(live)]
+
+
+def bits(mask: int) -> list[int]:
+    """Numbers of the ones."""
+    out = []
+    while mask:
+        low = mask & -mask
+        out.append(low.bit_length() - 1)
+        mask ^= low
+    return out
+
+
+def rss() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def numbers(keys: bytes) -> Any:
+    """As callers have them: numpy where it is installed."""
+    try:
+        import numpy as np
+    except ImportError:
+        return array("Q", keys)
+    return np.frombuffer(keys, dtype=np.uint64).copy()
+
+
+def measure(way: str, workload_name: str, nodes: int, blocks: int, event: int) -> Measured:
+    """Store and ask. ``way``: core, dict or reference."""
+    workload = make(workload_name, nodes, blocks)
+    asked = {kind: [numbers(keys) for keys in queries(workload, kind, SAMPLES)] for kind in KINDS}
+    events = list(cut(workload.events, event))
+    numbers(events[0][1])
+    gc.collect()
+    before = rss()
+    index: Any = {"core": PrefixIndex, "dict": DictIndex, "reference": ReferenceIndex}[way]()
+    apply = index.apply
+    started = time.process_time()
+    for node, keys in events:
+        apply(node, keys, Tier.DRAM)
+    store_s = time.process_time() - started
+    grown = rss() - before
+    match: Callable[[Any], Any] = index.match
+    times: dict[str, list[float]] = {}
+    rows: dict[str, int] = {}
+    clock = time.perf_counter
+    for kind in KINDS:
+        samples = asked[kind][: SAMPLES if way == "core" else SAMPLES_SLOW]
+        taken = times[kind] = []
+        for keys in samples:
+            began = clock()
+            found = match(keys)
+            taken.append(clock() - began)
+        rows[kind] = len(found)
+    size = index.stats().memory_bytes if way == "core" else 0
+    keys_stored = sum(len(keys) for _, keys in events) // 8
+    return Measured(keys_stored, workload.entries, len(events), store_s, grown, size, times, rows)
+
+
+if __name__ == "__main__":
+    way, name, nodes, blocks, event = sys.argv[1:6]
+    answer(msgspec.json.encode(measure(way, name, int(nodes), int(blocks), int(event))).decode())
