@@ -26,38 +26,54 @@ using p2pkv::index::PrefixIndex;
 class KeysBuffer {
  public:
   explicit KeysBuffer(nb::handle source) {
+    if (PyBytes_CheckExact(source.ptr())) {  // what most callers have: no view needed, and a small one costs as much as its use
+      bytes_ = nb::borrow(source);
+      set(PyBytes_AS_STRING(source.ptr()), PyBytes_GET_SIZE(source.ptr()));
+      return;
+    }
     // Without PyBUF_STRIDES the exporter must refuse what is not contiguous.
     if (PyObject_GetBuffer(source.ptr(), &view_, PyBUF_ND | PyBUF_FORMAT) != 0) {
       if (PyErr_ExceptionMatches(PyExc_TypeError)) throw nb::python_error();
       PyErr_Clear();
       throw std::invalid_argument("keys must be one contiguous buffer");
     }
-    const std::string problem = check();
-    if (!problem.empty()) {
+    try {
+      check_format();
+      set(view_.buf, view_.len);
+    } catch (...) {
       PyBuffer_Release(&view_);
-      throw std::invalid_argument(problem);
+      throw;
     }
   }
-  ~KeysBuffer() { PyBuffer_Release(&view_); }
+  ~KeysBuffer() { PyBuffer_Release(&view_); }  // nothing where there is no view
   KeysBuffer(const KeysBuffer&) = delete;
   KeysBuffer& operator=(const KeysBuffer&) = delete;
 
-  Keys keys() const { return {view_.buf, static_cast<std::size_t>(view_.len) / sizeof(Key)}; }
+  Keys keys() const { return {data_, size_}; }
 
  private:
-  std::string check() const {
-    std::string format = view_.format == nullptr ? "B" : view_.format;
-    // '<', '=' and '@' all mean this machine's order here (see the static_assert on endianness).
-    if (format.size() == 2 && std::strchr("<=@", format[0]) != nullptr) format.erase(0, 1);
-    const bool words = view_.itemsize == sizeof(Key) && (format == "Q" || format == "q" || format == "L" || format == "l");
-    const bool bytes = view_.itemsize == 1 && (format == "B" || format == "b" || format == "c");
-    if (!words && !bytes)
-      return "keys must be packed 64-bit integers or bytes in little-endian order, not items of format '" + format + "'";
-    if (view_.len % static_cast<Py_ssize_t>(sizeof(Key)) != 0)
-      return "keys must be a multiple of 8 bytes long, not " + std::to_string(view_.len);
-    return {};
+  void set(const void* data, Py_ssize_t bytes) {
+    if (bytes % static_cast<Py_ssize_t>(sizeof(Key)) != 0)
+      throw std::invalid_argument("keys must be a multiple of 8 bytes long, not " + std::to_string(bytes));
+    data_ = data;
+    size_ = static_cast<std::size_t>(bytes) / sizeof(Key);
   }
 
+  void check_format() const {
+    const char* format = view_.format == nullptr ? "B" : view_.format;
+    // '<', '=' and '@' all mean this machine's order here (see the static_assert on endianness).
+    const char* type = format[0] != '\0' && format[1] != '\0' && std::strchr("<=@", format[0]) != nullptr ? format + 1 : format;
+    const bool one = type[0] != '\0' && type[1] == '\0';
+    const bool words = one && view_.itemsize == sizeof(Key) && std::strchr("QqLl", type[0]) != nullptr;
+    const bool bytes = one && view_.itemsize == 1 && std::strchr("Bbc", type[0]) != nullptr;
+    if (!words && !bytes)
+      throw std::invalid_argument("keys must be packed 64-bit integers or bytes in little-endian order, not items of format '" +
+                                  std::string(format) + "'");
+  }
+
+  nb::object bytes_;
+  const void* data_ = nullptr;
+  std::size_t size_ = 0;
   Py_buffer view_{};
 };
 
