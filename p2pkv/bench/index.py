@@ -13,7 +13,7 @@ import msgspec
 
 from p2pkv.bench import report
 from p2pkv.bench.child import Child
-from p2pkv.bench.index_child import KINDS, Measured
+from p2pkv.bench.index_child import BLOCK_TOKENS, KINDS, TOKENS, Measured
 from p2pkv.bench.index_workloads import WORKLOADS
 from p2pkv.bench.progress import Progress
 from p2pkv.bench.report import Claim, Report, Row, at_most, percentile, rounded
@@ -25,6 +25,7 @@ BLOCKS_SLOW: Final = 5_120
 BLOCKS_QUICK: Final = 2_560
 EVENTS: Final = (512, 16, 1)
 """Blocks per event. The smallest is asked of one workload only: 3.1 million calls."""
+TOKENS_US: Final = {"hash": 10.0, "hash_and_match": 25.0}
 CHILD_S: Final = 300.0
 MEMORY_KEYS_MIN: Final = 1_000_000
 """With fewer, what every index has from its start is most of its memory."""
@@ -63,6 +64,18 @@ class Store(Row, frozen=True, kw_only=True):
     us_per_event: float | None
     rss_bytes_per_entry: float | None
     memory_bytes_per_entry: float | None
+
+
+class Tokens(Row, frozen=True, kw_only=True):
+    """Calls with the token ids of a prompt, beside an index that holds the workload."""
+
+    workload: str
+    call: str
+    tokens: int
+    block_tokens: int
+    samples: int
+    p50_us: float | None
+    p99_us: float | None
 
 
 def run(*, quick: bool = False, progress: Progress | None = None) -> Report:
@@ -115,11 +128,23 @@ def measure(way: str, workload: str, nodes: int, blocks: int, event: int, progre
                 p99_us=rounded(percentile(times, 99) * 1e6),
             )
         )
+    for call, times in found.tokens.items():
+        rows.append(
+            Tokens(
+                workload=workload,
+                call=call,
+                tokens=TOKENS,
+                block_tokens=BLOCK_TOKENS,
+                samples=len(times),
+                p50_us=rounded(percentile(times, 50) * 1e6),
+                p99_us=rounded(percentile(times, 99) * 1e6),
+            )
+        )
     return rows
 
 
 def claims_of(rows: list[Row]) -> list[Claim]:
-    """Issue 3, points 1 and 2."""
+    """Issue 3, points 1 to 3."""
     claims = []
     for row in rows:
         if isinstance(row, Lookup) and row.way == "core":
@@ -134,6 +159,9 @@ def claims_of(rows: list[Row]) -> list[Claim]:
                 what = "resident bytes per (node, key) entry"
                 id_, limit = f"index.memory.{row.workload}", MEMORY_BYTES[row.workload]
                 claims.append(at_most(id_, number(row.rss_bytes_per_entry), limit, "B", what))
+        if isinstance(row, Tokens) and row.workload == WORKLOADS[0]:
+            id_, what = f"index.tokens.{row.call}", f"{TOKENS} tokens in blocks of {BLOCK_TOKENS}, p50"
+            claims.append(at_most(id_, number(row.p50_us), TOKENS_US[row.call], "us", what))
     return claims
 
 

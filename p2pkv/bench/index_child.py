@@ -7,6 +7,7 @@ answers with one line of JSON.
 from __future__ import annotations
 
 import gc
+import random
 import sys
 import time
 from array import array
@@ -18,19 +19,22 @@ import msgspec
 
 from p2pkv.bench.child import answer
 from p2pkv.bench.index_workloads import cut, make, queries
-from p2pkv.index.hashing import unpack_keys
+from p2pkv.index.hashing import token_chain, unpack_keys
 from p2pkv.index.prefix import PrefixIndex
 from p2pkv.index.reference import ReferenceIndex
 from p2pkv.types import Tier
 
 KINDS: Final = ("full", "half", "miss")
+TOKENS: Final = 8_192
+BLOCK_TOKENS: Final = 16
 SAMPLES: Final = 4_000
 SAMPLES_SLOW: Final = 40
 
 
 class Measured(msgspec.Struct, frozen=True):
     """``keys``: in all events; ``entries``: distinct (node, key) pairs. ``store_s``: CPU seconds to store all.
-    ``asked``: per kind of query the seconds of each call; ``rows``: nodes in the last answer."""
+    ``asked``: per kind of query the seconds of each call; ``rows``: nodes in the last answer. ``tokens``: seconds of
+    each call that hashes :data:`TOKENS` tokens, and of each that looks them up as well."""
 
     keys: int
     entries: int
@@ -40,6 +44,7 @@ class Measured(msgspec.Struct, frozen=True):
     memory_bytes: int
     asked: dict[str, list[float]]
     rows: dict[str, int]
+    tokens: dict[str, list[float]]
 
 
 class DictIndex:
@@ -121,9 +126,28 @@ def measure(way: str, workload_name: str, nodes: int, blocks: int, event: int) -
             found = match(keys)
             taken.append(clock() - began)
         rows[kind] = len(found)
+    tokens = measure_tokens(index) if way == "core" else {}
     size = index.stats().memory_bytes if way == "core" else 0
     keys_stored = sum(len(keys) for _, keys in events) // 8
-    return Measured(keys_stored, workload.entries, len(events), store_s, grown, size, times, rows)
+    return Measured(keys_stored, workload.entries, len(events), store_s, grown, size, times, rows, tokens)
+
+
+def measure_tokens(index: PrefixIndex) -> dict[str, list[float]]:
+    """A prompt that one node has, from its token ids."""
+    prompt = array("I", random.Random(3).choices(range(128_000), k=TOKENS))
+    index.apply(1, token_chain(prompt, BLOCK_TOKENS), Tier.DRAM)
+    calls: dict[str, Callable[[], Any]] = {
+        "hash": lambda: token_chain(prompt, BLOCK_TOKENS),
+        "hash_and_match": lambda: index.match_tokens(prompt, BLOCK_TOKENS, namespace=0),
+    }
+    times: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        taken = times[name] = []
+        for _ in range(SAMPLES):
+            began = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - began)
+    return times
 
 
 if __name__ == "__main__":

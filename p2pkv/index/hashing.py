@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "VLLM_ALGORITHMS", "VLLM_DEFAULT_SEED", "LoraAdapter", "MultiModalSpan", "VllmHasher", "coarser",
     "entries_checksum", "entry_checksum", "index_hash", "index_key", "index_keys", "mix64", "namespace_salt",
-    "pack_keys", "unpack_keys", "vllm_event_hash",
+    "pack_keys", "token_chain", "unpack_keys", "vllm_event_hash",
 ]  # fmt: skip
 
 KEY_BYTES: Final = 8
@@ -73,6 +73,26 @@ def unpack_keys(keys: Buffer) -> memoryview[int]:
     if not view.c_contiguous or view.nbytes % KEY_BYTES:
         raise InvalidArgument("packed keys must be contiguous and a multiple of 8 bytes long", bytes=view.nbytes)
     return view.cast("B").cast("Q")
+
+
+def token_chain(tokens: Buffer, block_tokens: int, *, seed: int = 0) -> bytes:
+    """Packed chained hashes of a prompt's full blocks, by p2pkv's own recipe: for callers who have no engine's hashes.
+
+        h_i = XXH3-64(h_(i-1) || tokens of block i), little-endian, 8 bytes and 4 bytes per token; h_(-1) = seed
+
+    Args:
+        tokens: a contiguous buffer of 32- or 64-bit integers; every id is within 0..2^32 - 1.
+        seed: a u64; chains of different seeds have nothing in common.
+
+    Raises:
+        InvalidArgument: not such a buffer, an id out of range, or ``block_tokens`` below 1.
+    """
+    if not 0 <= seed <= MASK64:
+        raise InvalidArgument("seed must be an unsigned 64-bit integer")
+    try:
+        return _core.token_chain(tokens, block_tokens, seed)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
 
 
 # --- set checksums ------------------------------------------------------------------------------------------------

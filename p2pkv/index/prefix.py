@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from p2pkv.errors import InvalidArgument, OutOfSpace
 from p2pkv.index import _core
-from p2pkv.types import Tier
+from p2pkv.types import MASK64, Tier
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -295,6 +295,20 @@ class PrefixIndex:
     def match(self, keys: Buffer, *, beyond: bool = False) -> Match:
         try:
             return Match(*self._core.match(keys, beyond))
+        except ValueError as error:
+            raise InvalidArgument(str(error)) from error
+
+    def match_tokens(
+        self, tokens: Buffer, block_tokens: int, *, namespace: int, seed: int = 0, beyond: bool = False
+    ) -> Match:
+        """Hash and :meth:`match` in one call: of :func:`~p2pkv.index.hashing.token_chain`'s hashes in ``namespace``.
+
+        ``chain`` of the answer is the number of full blocks.
+        """
+        if not (0 <= seed <= MASK64 and 0 <= namespace <= MASK64):
+            raise InvalidArgument("seed and namespace must be unsigned 64-bit integers")
+        try:
+            return Match(*self._core.match_tokens(tokens, block_tokens, namespace, seed, beyond))
         except ValueError as error:
             raise InvalidArgument(str(error)) from error
 

@@ -9,6 +9,7 @@
 
 #include "lookup.hpp"
 #include "prefix_index.hpp"
+#include "token_chain.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -19,7 +20,10 @@ using p2pkv::index::IndexFull;
 using p2pkv::index::Key;
 using p2pkv::index::Keys;
 using p2pkv::index::kTierMax;
+using p2pkv::index::mix64;
 using p2pkv::index::PrefixIndex;
+using p2pkv::index::token_chain;
+using p2pkv::index::Tokens;
 
 /// A buffer of packed u64 keys, held for as long as this lives: the exporter cannot free or resize it meanwhile.
 /// Must be made and destroyed with the GIL held.
@@ -75,6 +79,39 @@ class KeysBuffer {
   const void* data_ = nullptr;
   std::size_t size_ = 0;
   Py_buffer view_{};
+};
+
+/// A buffer of token ids, held for as long as this lives. Must be made and destroyed with the GIL held.
+class TokensBuffer {
+ public:
+  explicit TokensBuffer(nb::handle source) {
+    if (PyObject_GetBuffer(source.ptr(), &view_, PyBUF_ND | PyBUF_FORMAT) != 0) {
+      if (PyErr_ExceptionMatches(PyExc_TypeError)) throw nb::python_error();
+      PyErr_Clear();
+      throw std::invalid_argument("tokens must be one contiguous buffer");
+    }
+    const char* format = view_.format == nullptr ? "B" : view_.format;
+    const char* type = std::strchr("<=@", format[0]) != nullptr && format[0] != '\0' ? format + 1 : format;
+    if (type[0] == '\0' || type[1] != '\0' || std::strchr("iIlLqQ", type[0]) == nullptr ||
+        (view_.itemsize != 4 && view_.itemsize != 8)) {
+      const std::string shown = format;
+      PyBuffer_Release(&view_);
+      throw std::invalid_argument("tokens must be integers of 32 or 64 bits, not items of format '" + shown + "'");
+    }
+    is_signed_ = std::strchr("ilq", type[0]) != nullptr;
+  }
+  ~TokensBuffer() { PyBuffer_Release(&view_); }
+  TokensBuffer(const TokensBuffer&) = delete;
+  TokensBuffer& operator=(const TokensBuffer&) = delete;
+
+  Tokens tokens() const {
+    const auto width = static_cast<std::size_t>(view_.itemsize);
+    return {view_.buf, static_cast<std::size_t>(view_.len) / width, width, is_signed_};
+  }
+
+ private:
+  Py_buffer view_{};
+  bool is_signed_ = false;
 };
 
 template <typename T>
@@ -205,6 +242,21 @@ NB_MODULE(_core, m) {
           },
           "keys"_a, "beyond"_a = false)
       .def(
+          "match_tokens",
+          [](const PrefixIndex& index, nb::handle source, std::int64_t block_tokens, std::uint64_t namespace_,
+             std::uint64_t seed, bool beyond) {
+            const TokensBuffer buffer(source);
+            std::size_t blocks = 0;
+            auto rows = unlocked([&] {
+              std::vector<Key> keys = token_chain(buffer.tokens(), block_tokens, seed);
+              for (Key& key : keys) key ^= mix64(namespace_);
+              blocks = keys.size();
+              return index.match(Keys(keys.data(), keys.size()), beyond);
+            });
+            return nb::make_tuple(pack(rows), blocks);
+          },
+          "tokens"_a, "block_tokens"_a, "namespace_"_a, "seed"_a, "beyond"_a = false)
+      .def(
           "holders",
           [](const PrefixIndex& index, nb::handle keys, std::int64_t limit, std::int64_t start) {
             const KeysBuffer buffer(keys);
@@ -227,6 +279,13 @@ NB_MODULE(_core, m) {
       .def_prop_ro("lookup", lookup);
 
   m.def("entries_checksum", entries_checksum, "keys"_a, "tier"_a);
+  m.def(
+      "token_chain",
+      [](nb::handle source, std::int64_t block_tokens, std::uint64_t seed) {
+        const TokensBuffer buffer(source);
+        return pack(unlocked([&] { return token_chain(buffer.tokens(), block_tokens, seed); }));
+      },
+      "tokens"_a, "block_tokens"_a, "seed"_a);
   m.def("index_keys", index_keys, "namespace"_a, "hashes"_a);
   m.def("mix64", &p2pkv::index::mix64, "x"_a);
 }

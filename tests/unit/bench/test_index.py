@@ -38,6 +38,7 @@ def test_a_child_measures_what_was_asked() -> None:
     assert found.events == NODES * (2 * 32 + 19)
     assert set(found.asked) == set(KINDS)
     assert found.memory_bytes > 0
+    assert set(found.tokens) == set(bench.TOKENS_US)
 
 
 def test_claims_are_of_the_core_only_and_not_ok_where_nothing_was_measured() -> None:

@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pkv.errors import InvalidArgument
 from p2pkv.index import _core, hashing
-from p2pkv.index.hashing import LoraAdapter, MultiModalSpan, VllmHasher
+from p2pkv.index.hashing import (
+    LoraAdapter,
+    MultiModalSpan,
+    VllmHasher,
+    index_keys,
+    token_chain,
+    unpack_keys,
+)
+from p2pkv.index.prefix import PrefixIndex
 from p2pkv.types import MASK64, Tier, index_key, mix64
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "vllm_hashes.json").read_text(encoding="utf-8"))["cases"]
@@ -146,3 +155,61 @@ def test_packing_refuses_what_is_no_key() -> None:
             hashing.pack_keys([bad])
     with pytest.raises(InvalidArgument):
         hashing.unpack_keys(b"123")
+
+
+# --- our own chain
+
+
+def chained(tokens: list[int], block: int, seed: int) -> list[int]:
+    hashes, parent = [], seed
+    for at in range(0, len(tokens) - block + 1, block):
+        data = parent.to_bytes(8, "little") + b"".join(t.to_bytes(4, "little") for t in tokens[at : at + block])
+        hashes.append(parent := xxhash.xxh3_64_intdigest(data))
+    return hashes
+
+
+@given(
+    tokens=st.lists(st.integers(0, (1 << 32) - 1), max_size=70),
+    block=st.integers(1, 20),
+    seed=st.integers(0, MASK64),
+    width=st.sampled_from("IQq"),
+)
+def test_token_chain_is_its_definition(tokens: list[int], block: int, seed: int, width: str) -> None:
+    packed = token_chain(array(width, tokens), block, seed=seed)
+    assert unpack_keys(packed).tolist() == chained(tokens, block, seed)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block"),
+    [
+        (array("q", [-1]), 1),
+        (array("i", [-1]), 1),
+        (array("Q", [1 << 32]), 1),
+        (array("H", [1]), 1),
+        (array("d", [1.0]), 1),
+        (b"12345678", 1),
+        (np.arange(8, dtype=np.int64)[::2], 1),
+        (np.arange(8, dtype=">u4"), 1),
+        (array("I", [1]), 0),
+        (array("I", [1]), -1),
+    ],
+    ids=["negative", "negative 32", "large", "short", "float", "bytes", "strided", "big-endian", "no block", "less"],
+)
+def test_token_chain_refuses_what_is_no_tokens(tokens: Any, block: int) -> None:
+    with pytest.raises(InvalidArgument):
+        token_chain(tokens, block)
+
+
+def test_matching_tokens_is_hashing_and_matching() -> None:
+    tokens = np.random.default_rng(5).integers(0, 128_000, size=8_200, dtype=np.int64)
+    index, namespace = PrefixIndex(), 0xFEDC_BA98_7654_3210
+    hashes = unpack_keys(token_chain(tokens, 16, seed=7))
+    assert len(hashes) == 512
+    keys = index_keys(namespace, [h.to_bytes(8, "little") for h in hashes])
+    index.apply(3, keys[: 8 * 300], Tier.DRAM)
+    for beyond in (False, True):
+        found = index.match_tokens(tokens, 16, namespace=namespace, seed=7, beyond=beyond)
+        assert found == index.match(keys, beyond=beyond)
+        assert (found.depth, found.chain) == (300, 512)
+    assert index.match_tokens(tokens, 16, namespace=namespace + 1, seed=7).depth == 0
+    assert index.match_tokens(tokens[:15], 16, namespace=namespace).chain == 0

@@ -1,0 +1,54 @@
+#include "token_chain.hpp"
+
+#define XXH_INLINE_ALL
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "xxhash.h"
+
+namespace p2pkv::index {
+namespace {
+
+constexpr std::size_t kTokenBytes = sizeof(std::uint32_t);
+
+template <typename Id>
+void copy_tokens(const Tokens& tokens, std::size_t from, std::size_t count, unsigned char* out) {
+  const auto* at = static_cast<const unsigned char*>(tokens.data) + from * sizeof(Id);
+  std::uint64_t all = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    Id id;
+    std::memcpy(&id, at + i * sizeof id, sizeof id);
+    all |= static_cast<std::uint64_t>(static_cast<std::int64_t>(id));  // with the sign's bits
+    const auto narrow = static_cast<std::uint32_t>(id);
+    std::memcpy(out + i * kTokenBytes, &narrow, kTokenBytes);
+  }
+  if (all >> 32U != 0) throw std::invalid_argument("a token id is negative, or does not fit 32 bits");
+}
+
+/// As 32-bit ids.
+void copy(const Tokens& tokens, std::size_t from, std::size_t count, unsigned char* out) {
+  if (tokens.width == sizeof(std::uint64_t)) return copy_tokens<std::uint64_t>(tokens, from, count, out);
+  if (tokens.is_signed) return copy_tokens<std::int32_t>(tokens, from, count, out);
+  std::memcpy(out, static_cast<const unsigned char*>(tokens.data) + from * kTokenBytes, count * kTokenBytes);
+}
+
+}  // namespace
+
+std::vector<Key> token_chain(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed) {
+  if (block_tokens < 1) throw std::invalid_argument("block_tokens must be at least 1, not " + std::to_string(block_tokens));
+  const auto block = static_cast<std::size_t>(block_tokens);
+  const std::size_t blocks = tokens.size / block;
+  std::vector<Key> out(blocks);
+  if (blocks == 0) return out;
+  std::vector<unsigned char> input(sizeof(Key) + block * kTokenBytes);
+  Key parent = seed;
+  for (std::size_t i = 0; i < blocks; ++i) {
+    std::memcpy(input.data(), &parent, sizeof parent);
+    copy(tokens, i * block, block, input.data() + sizeof parent);
+    parent = out[i] = XXH3_64bits(input.data(), input.size());
+  }
+  return out;
+}
+
+}  // namespace p2pkv::index

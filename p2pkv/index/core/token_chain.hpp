@@ -1,0 +1,28 @@
+// Tokens to keys: p2pkv's own chained hash, for callers who have token ids and no engine's hashes.
+//
+//   h(i) = XXH3-64(h(i-1) || tokens of block i)        h(-1) = seed
+//
+// all little-endian, 8 bytes of parent and 4 bytes per token; full blocks only. One call for a prompt, because the chain
+// is too short a computation per block to be worth anything else: 512 blocks of 16 tokens are some microseconds.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "keys.hpp"
+
+namespace p2pkv::index {
+
+/// A caller's token ids, 4 or 8 bytes each, little-endian. Borrowed, may be unaligned.
+struct Tokens {
+  const void* data;
+  std::size_t size;
+  std::size_t width;
+  bool is_signed;
+};
+
+/// One hash per full block. Throws std::invalid_argument for a block without tokens, and for an id that is negative or beyond 32 bits.
+std::vector<Key> token_chain(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed);
+
+}  // namespace p2pkv::index
