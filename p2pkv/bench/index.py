@@ -13,10 +13,11 @@ import msgspec
 
 from p2pkv.bench import report
 from p2pkv.bench.child import Child
+from p2pkv.bench.index_beside import ENTRIES_PER_S, Beside
 from p2pkv.bench.index_child import BLOCK_TOKENS, KINDS, TOKENS, Measured
 from p2pkv.bench.index_workloads import WORKLOADS
 from p2pkv.bench.progress import Progress
-from p2pkv.bench.report import Claim, Report, Row, at_most, percentile, rounded
+from p2pkv.bench.report import Claim, Report, Row, at_most, percentile, ratio, rounded
 
 NODES: Final = 100
 BLOCKS: Final = 31_000
@@ -26,6 +27,9 @@ BLOCKS_QUICK: Final = 2_560
 EVENTS: Final = (512, 16, 1)
 """Blocks per event. The smallest is asked of one workload only: 3.1 million calls."""
 TOKENS_US: Final = {"hash": 10.0, "hash_and_match": 25.0}
+BESIDE_P99_OVER_IDLE: Final = 2.0
+SAMPLES_BESIDE: Final = 300_000
+SAMPLES_BESIDE_QUICK: Final = 20_000
 CHILD_S: Final = 300.0
 MEMORY_KEYS_MIN: Final = 1_000_000
 """With fewer, what every index has from its start is most of its memory."""
@@ -78,6 +82,18 @@ class Tokens(Row, frozen=True, kw_only=True):
     p99_us: float | None
 
 
+class BesideWriter(Row, frozen=True, kw_only=True):
+    """Lookups alone, beside a writer that stores and drops, and beside one whose entries all stay."""
+
+    case: str
+    entries_per_s: float | None
+    samples: int
+    p50_us: float | None
+    p99_us: float | None
+    p99_99_us: float | None
+    wrong: int
+
+
 def run(*, quick: bool = False, progress: Progress | None = None) -> Report:
     """Measure every workload with every way."""
     progress = progress or Progress()
@@ -89,6 +105,7 @@ def run(*, quick: bool = False, progress: Progress | None = None) -> Report:
             rows += measure("core", workload, NODES, BLOCKS_QUICK if quick else BLOCKS, event, progress)
         for way in ("dict", "reference"):
             rows += measure(way, workload, NODES_SLOW, BLOCKS_QUICK if quick else BLOCKS_SLOW, EVENTS[0], progress)
+    rows += measure_beside(SAMPLES_BESIDE_QUICK if quick else SAMPLES_BESIDE, progress)
     return report.make_report("index", rows, claims_of(rows))
 
 
@@ -143,8 +160,27 @@ def measure(way: str, workload: str, nodes: int, blocks: int, event: int, progre
     return rows
 
 
+def measure_beside(samples: int, progress: Progress) -> list[Row]:
+    """Lookups beside a writer."""
+    progress.say(f"index: {samples} lookups beside a writer of {ENTRIES_PER_S} entries/s")
+    with Child("index_beside", str(samples)) as child:
+        found = msgspec.json.decode(child.line(CHILD_S), type=Beside)
+    return [
+        BesideWriter(
+            case=case,
+            entries_per_s=rounded(found.rates.get(case, 0.0)),
+            samples=len(times),
+            p50_us=rounded(percentile(times, 50) * 1e6),
+            p99_us=rounded(percentile(times, 99) * 1e6),
+            p99_99_us=rounded(percentile(times, 99.99) * 1e6),
+            wrong=found.wrong if case == "writer" else 0,
+        )
+        for case, times in (("idle", found.idle), ("writer", found.writer), ("growth", found.growth))
+    ]
+
+
 def claims_of(rows: list[Row]) -> list[Claim]:
-    """Issue 3, points 1 to 3."""
+    """Issue 3, points 1 to 4."""
     claims = []
     for row in rows:
         if isinstance(row, Lookup) and row.way == "core":
@@ -162,6 +198,12 @@ def claims_of(rows: list[Row]) -> list[Claim]:
         if isinstance(row, Tokens) and row.workload == WORKLOADS[0]:
             id_, what = f"index.tokens.{row.call}", f"{TOKENS} tokens in blocks of {BLOCK_TOKENS}, p50"
             claims.append(at_most(id_, number(row.p50_us), TOKENS_US[row.call], "us", what))
+    beside = {row.case: row for row in rows if isinstance(row, BesideWriter)}
+    if beside:
+        times = ratio(beside["writer"].p99_us, beside["idle"].p99_us)
+        claims.append(at_most("index.beside_writer.p99_over_idle", times, BESIDE_P99_OVER_IDLE, "x", "lookups' p99"))
+        wrong = sum(row.wrong for row in beside.values())
+        claims.append(at_most("index.beside_writer.wrong", float(wrong), 0, "answers", "beside a writer, or after it"))
     return claims
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from p2pkv.bench import index as bench
+from p2pkv.bench import index_beside
 from p2pkv.bench.index_child import KINDS, DictIndex, measure
 from p2pkv.bench.index_workloads import CHAIN, WORKLOADS, cut, make, queries
 from p2pkv.index.prefix import PrefixIndex
@@ -39,6 +40,13 @@ def test_a_child_measures_what_was_asked() -> None:
     assert set(found.asked) == set(KINDS)
     assert found.memory_bytes > 0
     assert set(found.tokens) == set(bench.TOKENS_US)
+
+
+def test_lookups_beside_a_writer_are_right_and_the_writer_wrote() -> None:
+    found = index_beside.measure(500)
+    assert found.wrong == 0
+    assert [len(times) for times in (found.idle, found.writer, found.growth)] == [500] * 3
+    assert min(found.rates.values()) > 0
 
 
 def test_claims_are_of_the_core_only_and_not_ok_where_nothing_was_measured() -> None:
