@@ -53,6 +53,7 @@ class Writer:
         self.held: deque[bytes] = deque()
         self._index = index
         self._kept = kept
+        self._begun = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._started = time.monotonic()
@@ -66,11 +67,13 @@ class Writer:
             if self._kept is not None and len(self.held) > self._kept:
                 self._index.apply(WRITERS_NODE, self.held.popleft(), Tier.GONE)
                 self.entries += BATCH
+            self._begun.set()
             self._over.wait(max(0.0, self._started + self.entries / ENTRIES_PER_S - time.monotonic()))
 
     def __enter__(self) -> Writer:
         self._started = time.monotonic()
         self._thread.start()
+        self._begun.wait()
         return self
 
     def __exit__(self, *_: object) -> None:

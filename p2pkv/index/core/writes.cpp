@@ -139,7 +139,6 @@ std::size_t PrefixIndex::put(std::uint32_t node, PageId id, Mask mask, std::uint
   if (static_cast<std::size_t>(std::popcount(gained)) > left) {
     const Mask refused = gained & ~first_ones(gained, left);
     const Mask before = (refused & (~refused + 1)) - 1;  // the places before the first one that is refused
-    mask &= before;
     gained &= before;
     elsewhere &= before;
     full = true;
