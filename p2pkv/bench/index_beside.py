@@ -73,7 +73,7 @@ class Writer:
     def __enter__(self) -> Writer:
         self._started = time.monotonic()
         self._thread.start()
-        self._begun.wait()
+        self._begun.wait(10.0)
         return self
 
     def __exit__(self, *_: object) -> None:
