@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import pickle  # dumps only, never loads: vLLM defines its default recipe over the pickled bytes
+import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "VLLM_ALGORITHMS", "VLLM_DEFAULT_SEED", "LoraAdapter", "MultiModalSpan", "VllmHasher", "coarser",
     "entries_checksum", "entry_checksum", "index_hash", "index_key", "index_keys", "mix64", "namespace_salt",
-    "pack_keys", "token_chain", "unpack_keys", "vllm_event_hash",
+    "pack_keys", "sglang_event_hash", "sglang_page_hashes", "token_chain", "unpack_keys", "vllm_event_hash",
 ]  # fmt: skip
 
 KEY_BYTES: Final = 8
@@ -256,6 +257,41 @@ class VllmHasher:
             parent = self._hash((parent, tuple(ids[start:end]), tuple(extra) if extra else None))
             hashes.append(parent)
         return hashes
+
+
+# --- SGLang's page hashes -----------------------------------------------------------------------------------------
+
+
+def sglang_page_hashes(tokens: Sequence[int] | Buffer, page_tokens: int, *, parent: bytes = b"") -> list[bytes]:
+    """SGLang's HiCache chain: 32 bytes per full page.
+
+        h_i = SHA-256(h_(i-1) || tokens of page i, 4 bytes each, little-endian)        h_(-1) = nothing
+
+    ``tests/unit/index/vectors`` holds vectors. Bigram pages (EAGLE) and extra keys are not covered.
+
+    Args:
+        tokens: plain integers within 0..2^32 - 1, or an array of integers with ``tolist``.
+        page_tokens: tokens per page (SGLang's ``--page-size``).
+        parent: the hash of the page before, for the rest of a longer prompt.
+    """
+    if page_tokens < 1:
+        raise InvalidArgument("page_tokens must be at least 1", page_tokens=page_tokens)
+    ids = _token_list(tokens)
+    try:
+        packed = struct.pack(f"<{len(ids)}I", *ids)
+    except struct.error as error:
+        raise InvalidArgument("token ids must be within 0..2^32 - 1") from error
+    hashes = []
+    page_bytes = 4 * page_tokens
+    for at in range(0, len(packed) - page_bytes + 1, page_bytes):
+        parent = _sha256(parent + packed[at : at + page_bytes])
+        hashes.append(parent)
+    return hashes
+
+
+def sglang_event_hash(page_hash: bytes) -> int:
+    """A page hash as SGLang's KV events carry it: the first 8 bytes as a big-endian number, signed."""
+    return int.from_bytes(page_hash[:8], "big", signed=True)
 
 
 def coarser(hashes: Sequence[bytes], blocks_per_chunk: int) -> list[bytes]:

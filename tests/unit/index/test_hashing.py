@@ -22,6 +22,8 @@ from p2pkv.index.hashing import (
     MultiModalSpan,
     VllmHasher,
     index_keys,
+    sglang_event_hash,
+    sglang_page_hashes,
     token_chain,
     unpack_keys,
 )
@@ -155,6 +157,25 @@ def test_packing_refuses_what_is_no_key() -> None:
             hashing.pack_keys([bad])
     with pytest.raises(InvalidArgument):
         hashing.unpack_keys(b"123")
+
+
+# --- SGLang's pages
+
+
+def test_page_hashes_equal_those_of_sglang() -> None:
+    case = json.loads((Path(__file__).parent / "vectors" / "sglang_hashes.json").read_text(encoding="utf-8"))
+    hashes = sglang_page_hashes(case["tokens"], case["page_tokens"])
+    assert [each.hex() for each in hashes] == case["hashes"]
+    assert [sglang_event_hash(each) for each in hashes] == case["event_hashes"]
+    rest = case["tokens"][case["page_tokens"] :]
+    assert sglang_page_hashes([*rest, 1], case["page_tokens"], parent=hashes[0]) == hashes[1:]
+    assert sglang_page_hashes(np.array(case["tokens"][:3]), case["page_tokens"]) == []
+
+
+@pytest.mark.parametrize(("tokens", "page"), [([-1], 1), ([1 << 32], 1), ([True], 1), ([1], 0)])
+def test_page_hashes_refuse_what_is_no_page(tokens: list[int], page: int) -> None:
+    with pytest.raises(InvalidArgument):
+        sglang_page_hashes(tokens, page)
 
 
 # --- our own chain
