@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
-    "VLLM_ALGORITHMS", "VLLM_DEFAULT_SEED", "LoraAdapter", "MultiModalSpan", "VllmHasher", "coarser",
-    "entries_checksum", "entry_checksum", "index_hash", "index_key", "index_keys", "mix64", "namespace_salt",
-    "pack_keys", "sglang_event_hash", "sglang_page_hashes", "token_chain", "unpack_keys", "vllm_event_hash",
+    "DYNAMO_SEED", "VLLM_ALGORITHMS", "VLLM_DEFAULT_SEED", "DynamoHashes", "LoraAdapter", "MultiModalSpan",
+    "VllmHasher", "coarser", "dynamo_hashes", "entries_checksum", "entry_checksum", "index_hash", "index_key",
+    "index_keys", "mix64", "namespace_salt", "pack_keys", "sglang_event_hash", "sglang_page_hashes", "token_chain",
+    "unpack_keys", "vllm_event_hash",
 ]  # fmt: skip
 
 KEY_BYTES: Final = 8
+
+DYNAMO_SEED: Final = 1337
 
 VLLM_ALGORITHMS: Final = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 
@@ -92,6 +95,34 @@ def token_chain(tokens: Buffer, block_tokens: int, *, seed: int = 0) -> bytes:
         raise InvalidArgument("seed must be an unsigned 64-bit integer")
     try:
         return _core.token_chain(tokens, block_tokens, seed)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+
+
+class DynamoHashes(NamedTuple):
+    """Packed u64 hashes of a prompt's full blocks: of each block alone, and of each with all before it."""
+
+    local: bytes
+    sequence: bytes
+
+
+def dynamo_hashes(tokens: Buffer, block_tokens: int, *, seed: int = DYNAMO_SEED) -> DynamoHashes:
+    """The hashes that NVIDIA Dynamo's router and its events use. ``tests/unit/index/vectors`` holds vectors.
+
+        l_i = XXH3-64(tokens of block i, little-endian u32; seed)
+        s_i = XXH3-64(s_(i-1) || l_i; 1337)        s_0 = l_0
+
+    Args:
+        tokens: as :func:`token_chain` takes them.
+        seed: of the local hashes; Dynamo derives another one where there is an adapter or a cache namespace.
+
+    Raises:
+        InvalidArgument: as :func:`token_chain`.
+    """
+    if not 0 <= seed <= MASK64:
+        raise InvalidArgument("seed must be an unsigned 64-bit integer")
+    try:
+        return DynamoHashes(*_core.dynamo_hashes(tokens, block_tokens, seed))
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
 

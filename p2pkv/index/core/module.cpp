@@ -286,6 +286,15 @@ NB_MODULE(_core, m) {
         return pack(unlocked([&] { return token_chain(buffer.tokens(), block_tokens, seed); }));
       },
       "tokens"_a, "block_tokens"_a, "seed"_a);
+  m.def(
+      "dynamo_hashes",
+      [](nb::handle source, std::int64_t block_tokens, std::uint64_t seed) {
+        const TokensBuffer buffer(source);
+        const auto hashes =
+            unlocked([&] { return p2pkv::index::dynamo_hashes(buffer.tokens(), block_tokens, seed); });
+        return nb::make_tuple(pack(hashes.local), pack(hashes.sequence));
+      },
+      "tokens"_a, "block_tokens"_a, "seed"_a);
   m.def("index_keys", index_keys, "namespace"_a, "hashes"_a);
   m.def("mix64", &p2pkv::index::mix64, "x"_a);
 }

@@ -33,21 +33,42 @@ void copy(const Tokens& tokens, std::size_t from, std::size_t count, unsigned ch
   std::memcpy(out, static_cast<const unsigned char*>(tokens.data) + from * kTokenBytes, count * kTokenBytes);
 }
 
-}  // namespace
-
-std::vector<Key> token_chain(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed) {
+/// Calls each(number, bytes of the block's tokens) for every full block, behind `room` bytes for the caller.
+template <typename Each>
+void for_each_block(const Tokens& tokens, std::int64_t block_tokens, std::size_t room, Each&& each) {
   if (block_tokens < 1) throw std::invalid_argument("block_tokens must be at least 1, not " + std::to_string(block_tokens));
   const auto block = static_cast<std::size_t>(block_tokens);
   const std::size_t blocks = tokens.size / block;
-  std::vector<Key> out(blocks);
-  if (blocks == 0) return out;
-  std::vector<unsigned char> input(sizeof(Key) + block * kTokenBytes);
-  Key parent = seed;
+  if (blocks == 0) return;
+  std::vector<unsigned char> input(room + block * kTokenBytes);
   for (std::size_t i = 0; i < blocks; ++i) {
-    std::memcpy(input.data(), &parent, sizeof parent);
-    copy(tokens, i * block, block, input.data() + sizeof parent);
-    parent = out[i] = XXH3_64bits(input.data(), input.size());
+    copy(tokens, i * block, block, input.data() + room);
+    each(input);
   }
+}
+
+}  // namespace
+
+std::vector<Key> token_chain(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed) {
+  std::vector<Key> out;
+  if (block_tokens > 0) out.reserve(tokens.size / static_cast<std::size_t>(block_tokens));
+  Key parent = seed;
+  for_each_block(tokens, block_tokens, sizeof parent, [&](std::vector<unsigned char>& input) {
+    std::memcpy(input.data(), &parent, sizeof parent);
+    out.push_back(parent = XXH3_64bits(input.data(), input.size()));
+  });
+  return out;
+}
+
+DynamoHashes dynamo_hashes(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed) {
+  constexpr std::uint64_t kChainSeed = 1337;
+  DynamoHashes out;
+  for_each_block(tokens, block_tokens, 0, [&](std::vector<unsigned char>& input) {
+    const Key local = XXH3_64bits_withSeed(input.data(), input.size(), seed);
+    const Key both[2] = {out.local.empty() ? 0 : out.sequence.back(), local};
+    out.sequence.push_back(out.local.empty() ? local : XXH3_64bits_withSeed(both, sizeof both, kChainSeed));
+    out.local.push_back(local);
+  });
   return out;
 }
 

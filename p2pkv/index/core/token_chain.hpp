@@ -1,4 +1,4 @@
-// Tokens to keys: p2pkv's own chained hash, for callers who have token ids and no engine's hashes.
+// Tokens to keys. p2pkv's own chained hash is for callers who have token ids and no engine's hashes:
 //
 //   h(i) = XXH3-64(h(i-1) || tokens of block i)        h(-1) = seed
 //
@@ -24,5 +24,14 @@ struct Tokens {
 
 /// One hash per full block. Throws std::invalid_argument for a block without tokens, and for an id that is negative or beyond 32 bits.
 std::vector<Key> token_chain(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed);
+
+/// Dynamo's hashes of each full block: XXH3-64 of its tokens alone, and its place in the chain.
+struct DynamoHashes {
+  std::vector<Key> local;
+  std::vector<Key> sequence;
+};
+
+/// `seed` is that of the local hashes; the chain's is fixed. Throws as token_chain does.
+DynamoHashes dynamo_hashes(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed);
 
 }  // namespace p2pkv::index

@@ -21,6 +21,7 @@ from p2pkv.index.hashing import (
     LoraAdapter,
     MultiModalSpan,
     VllmHasher,
+    dynamo_hashes,
     index_keys,
     sglang_event_hash,
     sglang_page_hashes,
@@ -176,6 +177,23 @@ def test_page_hashes_equal_those_of_sglang() -> None:
 def test_page_hashes_refuse_what_is_no_page(tokens: list[int], page: int) -> None:
     with pytest.raises(InvalidArgument):
         sglang_page_hashes(tokens, page)
+
+
+# --- Dynamo's blocks
+
+
+def test_block_and_sequence_hashes_equal_those_of_dynamo() -> None:
+    case = json.loads((Path(__file__).parent / "vectors" / "dynamo_hashes.json").read_text(encoding="utf-8"))
+    for typecode in "Iiq":
+        found = dynamo_hashes(array(typecode, case["tokens"]), case["block_tokens"])
+        assert unpack_keys(found.local).tolist() == case["local"]
+        assert unpack_keys(found.sequence).tolist() == case["sequence"]
+    other = dynamo_hashes(array("I", case["tokens"][:4]), 4, seed=1)
+    assert unpack_keys(other.local).tolist() == [xxhash.xxh3_64_intdigest(array("I", [1, 2, 3, 4]), seed=1)]
+    with pytest.raises(InvalidArgument):
+        dynamo_hashes(array("I", [1]), 0)
+    with pytest.raises(InvalidArgument):
+        dynamo_hashes(array("I", [1]), 1, seed=-1)
 
 
 # --- our own chain
