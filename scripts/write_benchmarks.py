@@ -28,6 +28,13 @@ def shown(value: Any) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def cell(value: Any) -> str:
+    """A figure, or several with their names."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {shown(part)}" for name, part in value.items()) or "-"
+    return shown(value) or "-"
+
+
 def section(result: dict[str, Any]) -> str:
     """One bench: its claims, then its rows."""
     parts = [f"## {result['bench']}", f"p2pkv {result['version']}, {result['when']}, {result['cpu']}"]
@@ -43,23 +50,13 @@ def section(result: dict[str, Any]) -> str:
     ]
     if claims:
         parts.append(table(["claim", "value", "limit", "unit", "holds"], claims))
-    timed = [row for row in result["rows"] if "p50_us" in row]
-    if timed:
-        rows = [
-            [
-                row["case"],
-                row["way"],
-                row.get("transport") or "-",
-                *(shown(row.get(name)) for name in ("p50_us", "p90_us", "p99_us", "gb_s")),
-                ", ".join(f"{name} {shown(value)}" for name, value in (row.get("over") or {}).items()) or "-",
-            ]
-            for row in timed
-        ]
-        parts.append(table(["case", "how", "transport", "p50 us", "p90 us", "p99 us", "GB/s", "p50 over"], rows))
-    others = [row for row in result["rows"] if "p50_us" not in row]
-    for row in others:
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        kinds.setdefault(tuple(row), []).append(row)
+    for columns, rows in kinds.items():
+        used = [name for name in columns if any(row[name] not in ("", {}, None) for row in rows)]
         parts.append(
-            ", ".join(f"{name}: {shown(value)}" for name, value in row.items() if not isinstance(value, dict | list))
+            table([name.replace("_", " ") for name in used], [[cell(row[name]) for name in used] for row in rows])
         )
     return "\n\n".join(parts)
 
