@@ -10,8 +10,8 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
 from p2pkv import _native
@@ -240,6 +240,19 @@ class Node:
         """Give the slots of a pull back."""
         for place in pulled.places:
             self.store.abort(place)
+
+
+@asynccontextmanager
+async def meeting(owner: Node, reader: Node) -> AsyncIterator[tuple[Node, Node]]:
+    """Both started, the reader connected to the owner; stopped at the end."""
+    try:
+        await owner.start()
+        await reader.start()
+        await reader.meet(owner.id, ("127.0.0.1", owner.network.port))
+        yield owner, reader
+    finally:
+        await reader.stop()
+        await owner.stop()
 
 
 async def until(what: Callable[[], Any], deadline_s: float = 10.0) -> None:

@@ -10,7 +10,7 @@ import pytest_asyncio
 from p2pkv import _native
 from p2pkv.transport.nixl import NixlTransport
 from p2pkv.types import Status
-from tests.contract.node import Node
+from tests.contract.node import Node, meeting
 from tests.contract.test_transport import MIB, NIXL_MARKS, put
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(90), *NIXL_MARKS]
@@ -19,15 +19,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(90),
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pair() -> AsyncIterator[tuple[Node, Node]]:
     """An owner and a reader that is connected to it, with native reads."""
-    owner, reader = Node("nixl"), Node("nixl", native_reads=True)
-    try:
-        await owner.start()
-        await reader.start()
-        await reader.meet(owner.id, ("127.0.0.1", owner.network.port))
-        yield owner, reader
-    finally:
-        await reader.stop()
-        await owner.stop()
+    async with meeting(Node("nixl"), Node("nixl", native_reads=True)) as both:
+        yield both
 
 
 async def test_native_code_hears_of_an_owner_that_turns_out_to_be_inline_and_of_one_that_is_not(

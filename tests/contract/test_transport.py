@@ -22,7 +22,7 @@ from p2pkv.wire.frame import HEADER
 from p2pkv.wire.peer import CODEC, GOT_RECORD, Get, Release
 from tests.cluster.agents import make_layout
 from tests.cluster.blocks import block_of, new_keys
-from tests.contract.node import Node, Pulled, until
+from tests.contract.node import Node, Pulled, meeting, until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(90)]
 
@@ -44,15 +44,8 @@ ODD = make_layout((5 << 20) + 13)
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=KINDS)
 async def nodes(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Node, Node]]:
     """An owner and a reader that is connected to it."""
-    owner, reader = Node(request.param), Node(request.param)
-    try:
-        await owner.start()
-        await reader.start()
-        await reader.meet(owner.id, ("127.0.0.1", owner.network.port))
-        yield owner, reader
-    finally:
-        await reader.stop()
-        await owner.stop()
+    async with meeting(Node(request.param), Node(request.param)) as both:
+        yield both
 
 
 @pytest.fixture

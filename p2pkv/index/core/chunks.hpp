@@ -32,7 +32,6 @@ class Chunks {
 
   Item& operator[](std::size_t i) { return chunks_[i >> kChunkBits][i & (kItems - 1)]; }
   const Item& operator[](std::size_t i) const { return chunks_[i >> kChunkBits][i & (kItems - 1)]; }
-  const Item* address(std::size_t i) const { return &(*this)[i]; }
 
   /// Make sure that items [0, end) can be used, and that those not touched so far are in memory. Throws std::bad_alloc.
   void reserve(std::size_t end) {

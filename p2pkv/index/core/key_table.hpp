@@ -36,6 +36,9 @@ class KeyTable {
   /// `key` has moved.
   void move(Key key, Position from, Position to);
 
+  /// Gives memory behind the last bucket back.
+  void shrink() noexcept { buckets_.release_from(buckets() + 2); }
+
   std::size_t keys() const { return keys_; }
   std::size_t capacity() const { return buckets() * kPlaces; }
   std::size_t bytes() const { return (buckets() + further_used_) * sizeof(Bucket); }

@@ -24,7 +24,6 @@ inline constexpr unsigned kPageKeys = 1U << kPageBits;
 inline constexpr unsigned kPageIdBits = 32 - kPageBits;
 inline constexpr PageId kNoPage = ~PageId{0};
 inline constexpr Position kNowhere = ~Position{0};
-inline constexpr std::uint32_t kNobody = ~std::uint32_t{0};
 
 inline constexpr PageId page_of(Position position) { return position >> kPageBits; }
 inline constexpr unsigned place_of(Position position) { return position & (kPageKeys - 1); }
@@ -86,7 +85,6 @@ class Pages {
   Page& operator[](PageId id) { return pages_[id]; }
   const Page& operator[](PageId id) const { return pages_[id]; }
   Key key(Position position) const { return pages_[page_of(position)].keys[place_of(position)]; }
-  const Key* key_address(Position position) const { return &pages_[page_of(position)].keys[place_of(position)]; }
 
   /// Makes sure that so many pages can be taken without a fault or an error. Throws std::bad_alloc.
   void reserve(std::size_t more);

@@ -273,6 +273,7 @@ std::size_t PrefixIndex::sweep_locked(std::uint32_t node, Stale&& stale) {
     }
   }
   pages_.shrink();
+  table_.shrink();
   return removed;
 }
 

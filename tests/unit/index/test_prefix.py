@@ -321,6 +321,8 @@ def test_a_million_keys_in_one_call() -> None:
     assert index.replace(1, [(Tier.SSD, chain[:1000])]) == distinct - len(np.unique(chain[:1000]))
     assert index.stats().memory_bytes < 1 << 20  # the table has shrunk again
     assert index.match(chain).depth == 1000
+    assert index.apply(1, chain, Tier.SSD) == distinct - len(np.unique(chain[:1000])), "into memory that was given back"
+    assert index.match(chain).depth == 1 << 20
 
 
 def test_stats_count_what_is_there() -> None:
