@@ -14,9 +14,6 @@ def copy(dst: Buffer, src: Buffer) -> bool:
 def copy_hash(dst: Buffer, src: Buffer) -> bytes | None:
     """Copy and checksum in one pass; the digest is of what was written. None when a page of either side is gone."""
 
-def processor() -> int:
-    """Number of the processor that this thread runs on; 0xFFFF where the system does not say."""
-
 def address_of(buffer: Buffer) -> int:
     """Address of a buffer's first byte; the caller keeps the buffer alive while it uses it."""
 
@@ -201,6 +198,35 @@ class NixlReads:
 LaneEvent = tuple[
     int, int, int, int, list[bytes], bytes, bytes, float, float, int, int, bool, int, int, int, int, int, float, bytes
 ]
+
+class Gets:
+    """An engine's GETs on a socket of their own (``native/gets.hpp``). Thread-safe.
+
+    ``fd``: connected, and this object's from now on. ``arena``: the agent's, held for as long as this lives.
+    """
+
+    broken: str | None
+    def __init__(self, fd: int, arena: Buffer) -> None: ...
+    def get(
+        self,
+        namespace: int,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        block_bytes: int,
+        deadline_ms: int,
+        deadline: float,
+    ) -> tuple[int, bytes, bytes]:
+        """Read blocks into writable buffers of ``block_bytes`` bytes each, until ``deadline`` (``time.monotonic()``).
+
+        Returns how it ended (:class:`p2pkv.client.cache.End`), a :class:`p2pkv.types.Status` per key, and a detail.
+
+        Raises:
+            ValueError: a buffer is of another length.
+            KeyboardInterrupt: and whatever else a signal handler raises.
+        """
+
+    def close(self, reason: str) -> None:
+        """Break it: whoever waits is told so."""
 
 class InlineReads:
     """READs of the agent's native code, done by native code in the NIXL process (``native/inline_reads.hpp``).

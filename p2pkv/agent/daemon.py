@@ -171,7 +171,7 @@ class Agent:
             holders=self.service.holders,
             transport=self.transports.pick,
             heard_at=self._heard_at,
-            watch=lambda namespace, key: self.lane is not None and self.lane.watch(namespace, key),
+            watch=lambda namespace, key: self.lane.watch(namespace, key),
         )
         exits.push_async_callback(self.service.fetcher.stop)
         exits.push_async_callback(self.transports.stop)
@@ -180,26 +180,26 @@ class Agent:
         self.network.on_peer_change = self._on_peer_change
         await self.network.start()
         exits.push_async_callback(self.network.stop)
-        self.lane: EngineLane | None = None
-        if config.engine.short_way:
-            native = _native.Lane(
-                self.store.core,
-                self.movers.receiver,
-                self.transports.tcp.pool,
-                self.transports.nixl_reads,
-                self.index.lookup,
-                arena=self.arena.base_address,
-                lease_ttl_s=lease_ttl_s,
-                stall_s=config.transport.stall_ms / 1000,
-                stream_bytes=parse_size(config.transport.stream_bytes, key="transport.stream_bytes"),
-                streams=config.transport.streams,
-                partial_bytes=PARTIAL_BYTES,
-                ahead_bytes=AHEAD_BYTES,
-                in_flight_max=config.engine.in_flight_max,
-            )
-            self.lane = self.service.lane = EngineLane(native, self.service.on_landed)
-            self.lane.start()
-            exits.callback(self.lane.stop)
+        native = _native.Lane(
+            self.store.core,
+            self.movers.receiver,
+            self.transports.tcp.pool,
+            self.transports.nixl_reads,
+            self.index.lookup,
+            arena=self.arena.base_address,
+            lease_ttl_s=lease_ttl_s,
+            stall_s=config.transport.stall_ms / 1000,
+            stream_bytes=parse_size(config.transport.stream_bytes, key="transport.stream_bytes"),
+            streams=config.transport.streams,
+            partial_bytes=PARTIAL_BYTES,
+            ahead_bytes=AHEAD_BYTES,
+            in_flight_max=config.engine.in_flight_max,
+        )
+        self.lane = self.service.lane = EngineLane(native, self.service.on_landed)
+        self.lane.start()
+        exits.callback(self.lane.stop)
+        if not config.engine.short_way:
+            self.lane.drain()  # all of it is the event loop's
         self.engines = EngineServer(
             self.service,
             path=config.socket_path,
@@ -270,8 +270,7 @@ class Agent:
         self.ready = False
         self.draining = self.engines.draining = True
         log.info("draining")
-        if self.lane is not None:
-            self.lane.drain()
+        self.lane.drain()
         self.network.leave()
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (self.engines.in_flight or self._leases()):

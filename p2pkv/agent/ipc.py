@@ -73,7 +73,7 @@ class EngineServer:
         connections_max: int,
         in_flight_max: int,
         regions_max: int,
-        lane: EngineLane | None = None,
+        lane: EngineLane,
     ) -> None:
         self.lane = lane
         self.service = service
@@ -168,7 +168,7 @@ class EngineServer:
     @property
     def in_flight(self) -> int:
         """Requests being worked on, over all connections."""
-        pulls = self.lane.in_flight if self.lane is not None else 0
+        pulls = self.lane.in_flight
         return pulls + sum(connection.in_flight for connection in self.connections)
 
 
@@ -231,8 +231,7 @@ class EngineConnection:
         if self._closed:
             return
         self._closed = True
-        if self._server.lane is not None:
-            self._server.lane.close(self.id)
+        self._server.lane.close(self.id)
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         while self._fds:
@@ -333,12 +332,10 @@ class EngineConnection:
             service.arena.capacity_bytes,
             int(service.lease_ttl_s * 1000),
         )
-        descriptors = [service.arena.readonly_fd()]
-        if self._server.lane is not None:
-            ours, theirs = socket.socketpair()  # close-on-exec by default
-            ours.setblocking(False)
-            descriptors.append(theirs.detach())
-            self._server.lane.open(self.id, ours.detach(), Port(self._on_rest, self._on_lane_gone))
+        ours, theirs = socket.socketpair()  # close-on-exec by default
+        ours.setblocking(False)
+        descriptors = [service.arena.readonly_fd(), theirs.detach()]
+        self._server.lane.open(self.id, ours.detach(), Port(self._on_rest, self._on_lane_gone))
         try:
             socket.send_fds(self._sock, [CODEC.encode(ready, request_id)], descriptors)
         except OSError:
@@ -353,8 +350,7 @@ class EngineConnection:
         if message.layout not in self._layouts.values():
             namespace = self._service.open(message.layout)
             self._layouts[namespace] = message.layout
-            if self._server.lane is not None:
-                self._server.lane.allow(self.id, namespace)
+            self._server.lane.allow(self.id, namespace)
         self._send(Opened(message.layout.namespace), request_id)
 
     def _on_map(self, message: MapRegion, request_id: int) -> None:
@@ -545,7 +541,7 @@ class EngineConnection:
         (send or self._send)(EngineError(code, str(error)[:1000], list(fields)), request_id)
 
     def _send_lane(self, message: msgspec.Struct, request_id: int) -> None:
-        if not self._closed and self._server.lane is not None:
+        if not self._closed:
             self._server.lane.send(self.id, CODEC.encode(message, request_id))
 
     def _send_error(self, request_id: int, code: str, text: str, fields: list[str] | None = None) -> None:

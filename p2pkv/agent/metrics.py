@@ -75,17 +75,16 @@ class AgentCollector(Collector):
         stored.add_metric(["known"], stats.stored_again)
         stored.add_metric(["failed"], stats.store_failed)
         yield stored
-        if (lane := self._agent.lane) is not None:
-            counted = lane.counters()
-            short = CounterMetricFamily(
-                "p2pkv_short_way_blocks", "Of the blocks, those given without the event loop.", labels=["source"]
-            )
-            short.add_metric(["local"], counted["hits_local"])
-            short.add_metric(["peer"], counted["hits_peer"])
-            yield short
-            yield _counter(
-                "p2pkv_short_way_handed_over", "Gets that the event loop had to go on with.", counted["handed_over"]
-            )
+        counted = self._agent.lane.counters()
+        short = CounterMetricFamily(
+            "p2pkv_short_way_blocks", "Of the blocks, those given without the event loop.", labels=["source"]
+        )
+        short.add_metric(["local"], counted["hits_local"])
+        short.add_metric(["peer"], counted["hits_peer"])
+        yield short
+        yield _counter(
+            "p2pkv_short_way_handed_over", "Gets that the event loop had to go on with.", counted["handed_over"]
+        )
         yield _counter("p2pkv_put_bytes", "Bytes engines stored.", stats.bytes_stored)
         yield _counter(
             "p2pkv_put_discarded_blocks",
@@ -138,8 +137,7 @@ class AgentCollector(Collector):
         pulls.add_metric(["incomplete"], stats.pulls_failed)
         yield pulls
         yield _counter("p2pkv_pulls_joined", "Blocks that waited for somebody else's pull.", stats.flights_joined)
-        lane = self._agent.lane
-        in_flight = fetcher.in_flight + (lane.blocks_in_flight if lane is not None else 0)
+        in_flight = fetcher.in_flight + self._agent.lane.blocks_in_flight
         yield _gauge("p2pkv_pulls_in_flight_blocks", "Blocks being pulled now.", in_flight)
         served = CounterMetricFamily("p2pkv_served_bytes", "Bytes sent to peers.", labels=["transport"])
         server = self._agent.transports.server

@@ -7,6 +7,7 @@ make the agent copy from and to the engine's own shared memory.
 
 from __future__ import annotations
 
+import enum
 import mmap
 import os
 import threading
@@ -15,25 +16,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from p2pkv import _native
-from p2pkv.client.channel import Stream
+from p2pkv.client.channel import to_error
 from p2pkv.client.connection import Connection
 from p2pkv.client.messages import (
-    Ahead,
     Done,
-    Get,
-    Got,
+    EngineError,
     Load,
     MapRegion,
     Matched,
     MatchKeys,
     Ok,
-    ReleaseLease,
     Store,
     UnmapRegion,
+    decode,
 )
 from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument, P2PKVError, Unavailable
 from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
-from p2pkv.wire.engine_types import Source
+from p2pkv.wire.engine_types import EngineType, Source
+from p2pkv.wire.frame import Frame
 from p2pkv.wire.limits import KEYS_MAX
 
 if TYPE_CHECKING:
@@ -44,8 +44,18 @@ DEADLINE_MS: Final = 2_000
 STAGING_BYTES: Final = 32 << 20
 """Per cache, allocated at the first put: enough that one copy hides behind the other."""
 
-_STATUS_MAX: Final = max(Status)
 _STORED: Final = frozenset({Status.OK, Status.EXISTS})
+
+
+class End(enum.IntEnum):
+    """How a get ended (``native/gets.hpp``)."""
+
+    DONE = 0
+    LATE = 1
+    BROKEN = 2
+    BUSY = 3
+    REFUSED = 4
+    NONSENSE = 5
 
 
 class Match(NamedTuple):
@@ -133,71 +143,38 @@ class Cache:
         Raises:
             InvalidArgument: keys or buffers are of the wrong number or size.
         """
-        statuses = self.get_statuses(keys, buffers, deadline_ms)
-        return [status is Status.OK for status in statuses]
+        return [status == Status.OK for status in self._get(keys, buffers, deadline_ms)]
 
     def get_statuses(
         self, keys: Sequence[bytes], buffers: Sequence[Any], deadline_ms: int = DEADLINE_MS
     ) -> list[Status]:
         """Like :meth:`get_into`, saying why not."""
+        return [Status(status) for status in self._get(keys, buffers, deadline_ms)]
+
+    def _get(self, keys: Sequence[bytes], buffers: Sequence[Any], deadline_ms: int) -> bytes:
+        """A status per key."""
         _check_keys(keys, buffers)
-        views = [_bytes_view(buffer, self.layout.block_bytes, writable=True) for buffer in buffers]
-        started = time.monotonic()
-        deadline = started + deadline_ms / 1000
-        statuses = [Status.TIMEOUT] * len(keys)
-        connection: Connection | None = None
+        block_bytes = self.layout.block_bytes
+        views = [_bytes_view(buffer, block_bytes, writable=True) for buffer in buffers]
+        deadline = time.monotonic() + deadline_ms / 1000
         try:
             connection = self._client.connection(deadline)
-            get = Get(self.namespace, list(keys), deadline_ms, _native.processor())
-            with Stream(connection.lane, get, deadline=deadline) as stream:
-                more = True
-                ahead: dict[int, tuple[int, int]] = {}
-                while more:
-                    part = stream.next()
-                    if isinstance(part, Ahead):
-                        _copy_ahead(connection, part, views, ahead)
-                        continue
-                    if not isinstance(part, Got):
-                        raise P2PKVError("unexpected answer to GET", got=type(part).__name__)
-                    self._copy_out(connection, part, views, ahead, statuses, started)
-                    more = part.more
         except DeadlineExceeded:
-            pass
+            return bytes([Status.TIMEOUT]) * len(keys)
         except Unavailable:
-            statuses = [s if s is Status.OK else Status.LOST for s in statuses]
-            if connection is not None and connection.lane.broken is not None:
-                connection.close("its channel for gets has ended")  # one does not come without the other
+            return bytes([Status.LOST]) * len(keys)
+        end, statuses, detail = connection.gets.get(self.namespace, keys, views, block_bytes, deadline_ms, deadline)
+        if end == End.BROKEN:
+            connection.close("its socket for gets has ended")  # one does not come without the other
+        if end == End.REFUSED:
+            error = decode(Frame(EngineType.ERROR, 1, 0, detail))
+            assert isinstance(error, EngineError)
+            if isinstance(reason := to_error(error), Unavailable):
+                return bytes(status if status == Status.OK else Status.LOST for status in statuses)
+            raise reason
+        if end == End.NONSENSE:
+            raise P2PKVError(detail.decode())
         return statuses
-
-    @staticmethod
-    def _copy_out(
-        connection: Connection,
-        part: Got,
-        views: Sequence[memoryview],
-        ahead: dict[int, tuple[int, int]],
-        statuses: list[Status],
-        started: float,
-    ) -> None:
-        _check_got(part, views, len(connection.arena))
-        for i, index in enumerate(part.indices):
-            status = Status(part.statuses[i])
-            if status is Status.OK:
-                offset, length = part.extents[i]
-                told, done = ahead.get(index, (0, 0))
-                if told != offset:
-                    done = 0
-                source = connection.arena[offset + done : offset + length]
-                if not _native.copy(views[index][done:], source):
-                    status = Status.LOST
-            statuses[index] = status
-        if part.lease:
-            connection.lane.notify(ReleaseLease(part.lease))
-            # The agent counts ttl_ms from when the request reached it, which was after `started`: if that much time has
-            # passed (this process was stopped), the slots may have been reused while they were copied.
-            if time.monotonic() - started >= part.ttl_ms / 1000:
-                for i, index in enumerate(part.indices):
-                    if part.statuses[i] == Status.OK:
-                        statuses[index] = Status.TIMEOUT
 
     def match(self, keys: Sequence[bytes], *, deadline_ms: int = DEADLINE_MS) -> Match:
         """Who holds this chain, by the agent's own index: no network.
@@ -330,35 +307,6 @@ class _Staging:
     def fill(self, slot: int, view: memoryview) -> None:
         start = slot * self.region.slot_bytes
         _native.copy(self._memory[start : start + len(view)], view)
-
-
-def _check_got(part: Got, views: Sequence[memoryview], arena_bytes: int) -> None:
-    """Nothing is copied from or to where an answer says, before this."""
-    if not len(part.indices) == len(part.statuses) == len(part.extents):
-        raise P2PKVError("the lists of the agent's answer differ in length", blocks=len(part.indices))
-    for index, status, (offset, length) in zip(part.indices, part.statuses, part.extents, strict=True):
-        if index >= len(views) or status > _STATUS_MAX:
-            raise P2PKVError("the agent tells of a block that nobody asked for", index=index, status=status)
-        if status == Status.OK and (length != len(views[index]) or offset + length > arena_bytes):
-            raise P2PKVError("the agent says that a block is where it cannot be", offset=offset, bytes=length)
-
-
-def _copy_ahead(
-    connection: Connection, part: Ahead, views: Sequence[memoryview], ahead: dict[int, tuple[int, int]]
-) -> None:
-    """Copy what has landed of a block and is not proven yet; ``ahead``: per index (place, bytes copied from there)."""
-    if not part.length:
-        ahead.clear()
-        return
-    end = part.offset + part.length
-    if part.index >= len(views) or part.length > len(views[part.index]) or end > len(connection.arena):
-        raise P2PKVError("the agent tells of bytes that nobody asked for", index=part.index, bytes=part.length)
-    offset, done = ahead.get(part.index, (part.offset, 0))
-    if offset != part.offset:
-        done = 0
-    source = connection.arena[part.offset + done : part.offset + part.length]
-    if _native.copy(views[part.index][done : part.length], source):
-        ahead[part.index] = part.offset, part.length
 
 
 def _bytes_view(buffer: Any, length: int, *, writable: bool) -> memoryview:

@@ -13,11 +13,10 @@ import select
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
-from p2pkv.client.messages import Answer, EngineError, Got, ReleaseLease, Request, decode, encode
+from p2pkv.client.messages import Answer, EngineError, Request, decode, encode
 from p2pkv.errors import AgentUnavailable, Busy, DeadlineExceeded, P2PKVError, RemoteProtocolError
 from p2pkv.wire.frame import FrameDecoder
 
@@ -31,12 +30,12 @@ OnAnswer = Callable[[Answer | P2PKVError], None]
 
 
 class Inbox:
-    """Where the answers to one blocking request arrive. Guarded by the connection's lock."""
+    """Where the answer to one blocking request arrives. Guarded by the connection's lock."""
 
-    __slots__ = ("messages",)
+    __slots__ = ("answer",)
 
     def __init__(self) -> None:
-        self.messages: deque[Answer] = deque()
+        self.answer: Answer | None = None
 
 
 class Channel:
@@ -72,8 +71,19 @@ class Channel:
             AgentUnavailable: the connection is or becomes broken.
             P2PKVError: what the agent's ERROR means.
         """
-        with Stream(self, message, deadline=deadline, fds=fds) as stream:
-            return stream.next()
+        inbox = Inbox()
+        with self._lock:
+            request_id = self._new_id()
+            self._inboxes[request_id] = inbox
+        try:
+            self._send(encode(message, request_id), fds, deadline=deadline)
+            answer = self._wait(inbox, deadline)
+        finally:
+            with self._lock:
+                self._inboxes.pop(request_id, None)
+        if isinstance(answer, EngineError):
+            raise to_error(answer)
+        return answer
 
     def submit(self, message: Request, on_answer: OnAnswer) -> int:
         """Send one request without waiting; ``on_answer`` is called by whoever reads the answer (:meth:`pump`).
@@ -92,13 +102,6 @@ class Channel:
                 self._callbacks.pop(request_id, None)
             raise
         return request_id
-
-    def notify(self, message: Request) -> None:
-        """Send a message that has no answer, if that is possible right now; never raises, never waits long."""
-        try:
-            self._send(encode(message), (), deadline=time.monotonic() + 0.05)
-        except P2PKVError:
-            pass  # a lease that is not given back expires by itself
 
     def pump(self) -> None:
         """Take in whatever has arrived, without waiting."""
@@ -172,6 +175,22 @@ class Channel:
                         self._break("the agent stopped reading in the middle of a request")
                     raise self._unavailable()
 
+    def _wait(self, inbox: Inbox, deadline: float) -> Answer:
+        while True:
+            with self._lock:
+                if inbox.answer is not None:
+                    return inbox.answer
+                if self.broken is not None:
+                    raise self.broken
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded("the agent did not answer in time")
+                if self._reading:
+                    self._arrived.wait(left)
+                    continue
+                self._reading = True
+            self._read_once(left)
+
     def _unavailable(self) -> AgentUnavailable:
         return self.broken or AgentUnavailable("the connection is closed")
 
@@ -196,82 +215,26 @@ class Channel:
         except (OSError, ValueError) as error:
             data, reason = b"", str(error)
         answered: list[tuple[OnAnswer, Answer]] = []
-        unwanted: list[Answer] = []
         with self._lock:
             self._reading = False
             if data == b"":
                 self._break(reason)
             elif data:
-                self._dispatch(data, answered, unwanted)
+                self._dispatch(data, answered)
             self._arrived.notify_all()
         for on_answer, message in answered:
             on_answer(message)
-        self.discard(unwanted)
 
-    def discard(self, messages: Iterable[Answer]) -> None:
-        """Answers that nobody waits for any more: blocks that they hold are given back."""
-        for message in messages:
-            if isinstance(message, Got) and message.lease:
-                self.notify(ReleaseLease(message.lease))
-
-    def _dispatch(self, data: bytes, answered: list[tuple[OnAnswer, Answer]], unwanted: list[Answer]) -> None:
+    def _dispatch(self, data: bytes, answered: list[tuple[OnAnswer, Answer]]) -> None:
         try:
             for frame in self._decoder.feed(data):
                 message = decode(frame)
                 if (inbox := self._inboxes.get(frame.request_id)) is not None:
-                    inbox.messages.append(message)
+                    inbox.answer = message
                 elif (on_answer := self._callbacks.pop(frame.request_id, None)) is not None:
                     answered.append((on_answer, message))
-                else:
-                    unwanted.append(message)
         except RemoteProtocolError as error:
             self._break(str(error))
-
-
-class Stream:
-    """A blocking request whose answer may come in several parts. Use as a context manager."""
-
-    def __init__(self, channel: Channel, message: Request, *, deadline: float, fds: tuple[int, ...] = ()) -> None:
-        self._channel = channel
-        self._deadline = deadline
-        with channel._lock:
-            self._id = channel._new_id()
-            self._inbox = channel._inboxes[self._id] = Inbox()
-        try:
-            channel._send(encode(message, self._id), fds, deadline=deadline)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._channel._lock:
-            self._channel._inboxes.pop(self._id, None)
-        self._channel.discard(self._inbox.messages)
-
-    def next(self) -> Answer:
-        """Wait for the next part; raises as :meth:`Connection.request` does."""
-        channel = self._channel
-        while True:
-            with channel._lock:
-                if self._inbox.messages:
-                    message = self._inbox.messages.popleft()
-                    break
-                if channel.broken is not None:
-                    raise channel.broken
-                left = self._deadline - time.monotonic()
-                if left <= 0:
-                    raise DeadlineExceeded("the agent did not answer in time")
-                if channel._reading:
-                    channel._arrived.wait(left)
-                    continue
-                channel._reading = True
-            channel._read_once(left)
-        if isinstance(message, EngineError):
-            raise to_error(message)
-        return message
 
 
 def to_error(error: EngineError) -> P2PKVError:

@@ -1,7 +1,6 @@
-"""A client's connection to its agent: the introduction, the agent's arena mapped read-only, and two channels.
+"""A client's connection to its agent: the introduction, the agent's arena mapped read-only, and two sockets.
 
-The control channel carries everything; GET has a channel of its own where the agent offers one (``lane``), which it
-answers without going through its event loop.
+GETs have a socket of their own (``gets``), which native code at both ends sees to; all else goes over this channel.
 """
 
 from __future__ import annotations
@@ -32,24 +31,24 @@ class Connection(Channel):
         except BaseException:
             sock.close()
             raise
-        super().__init__(sock)
-        self.lane: Channel = self
-        """Where GETs go."""
         try:
             self.arena = memoryview(_native.Mapping(descriptors[0], self.ready.arena_bytes, False))
+        except BaseException:
+            sock.close()
+            os.close(descriptors[1])
+            raise
         finally:
             os.close(descriptors[0])
-            if len(descriptors) > 1:
-                self.lane = Channel(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=descriptors[1]))
+        self.gets = _native.Gets(descriptors[1], self.arena)
+        super().__init__(sock)
 
     def _break(self, reason: str) -> None:
         super()._break(reason)
-        if self.lane is not self:
-            self.lane.close(reason)
+        self.gets.close(reason)
 
 
 def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tuple[Ready, list[int]]:
-    """Attach. Returns what the agent says, and its descriptors: the arena's, then a channel for GETs, if any."""
+    """Attach. Returns what the agent says, and its descriptors: the arena's, then that of a socket for GETs."""
     sock.settimeout(max(0.001, deadline - time.monotonic()))
     descriptors: list[int] = []
     try:
@@ -64,7 +63,7 @@ def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tu
                 raise AgentUnavailable("the agent closed the connection at once", socket=path)
             for frame in decoder.feed(data):
                 answer = decode(frame)
-                if isinstance(answer, Ready) and 1 <= len(descriptors) <= 2:
+                if isinstance(answer, Ready) and len(descriptors) == 2:
                     given, descriptors = descriptors, []
                     return answer, given
                 reason = answer.message if isinstance(answer, EngineError) else type(answer).__name__

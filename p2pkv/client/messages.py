@@ -4,6 +4,8 @@ Importing msgspec would cost an engine more than all of this package. Names, num
 there, which is where each message is described; ``tests/unit/client/test_messages.py`` holds the two together. Answers
 are checked field by field while they are read; requests are checked by the agent that gets them.
 
+What travels on the socket for GETs is not here: native code writes and reads it (``native/gets.hpp``).
+
 Annotations are objects here, not text: the shapes that answers are read by are made of them.
 """
 
@@ -13,7 +15,7 @@ from typing import Annotated, Final, NamedTuple
 from p2pkv._native import Shape, pack
 from p2pkv.errors import RemoteProtocolError
 from p2pkv.types import MASK64
-from p2pkv.wire.engine_types import NO_PROCESSOR, EngineType
+from p2pkv.wire.engine_types import EngineType
 from p2pkv.wire.frame import Frame
 from p2pkv.wire.frame import encode as encode_frame
 from p2pkv.wire.limits import ERROR_FIELDS_MAX, KEYS_MAX, NAME_CHARS_MAX, NODES_MAX, TEXT_CHARS_MAX
@@ -28,18 +30,13 @@ def _shape(message: type[NamedTuple]) -> Shape:
 _u32 = Shape.uint(0xFFFFFFFF)
 _u64 = Shape.uint(MASK64)
 _name = Shape.text(NAME_CHARS_MAX)
-_extent = Shape.record(tuple, [_u64, _u64])
 
 U32 = Annotated[int, _u32]
 U64 = Annotated[int, _u64]
-Flag = Annotated[bool, Shape.boolean()]
 Name = Annotated[str, _name]
 Text = Annotated[str, Shape.text(TEXT_CHARS_MAX)]
 Names = Annotated[tuple[str, ...], Shape.array(_name, ERROR_FIELDS_MAX)]
 PerKey = Annotated[bytes, Shape.binary(KEYS_MAX)]
-Indices = Annotated[tuple[int, ...], Shape.array(_u32, KEYS_MAX)]
-Extents = Annotated[tuple[tuple[int, int], ...], Shape.array(_extent, KEYS_MAX)]
-"""Offset and length, in bytes; plain pairs, because a GOT may hold very many."""
 
 
 # --- requests ---
@@ -95,21 +92,6 @@ class Load(NamedTuple):
     deadline_ms: int
 
 
-class Get(NamedTuple):
-    """-> :class:`Got`, one or more, with :class:`Ahead` between them."""
-
-    namespace: int
-    keys: Sequence[bytes]
-    deadline_ms: int
-    processor: int = NO_PROCESSOR
-
-
-class ReleaseLease(NamedTuple):
-    """Not answered."""
-
-    lease: int
-
-
 class MatchKeys(NamedTuple):
     """-> :class:`Matched`."""
 
@@ -146,26 +128,6 @@ class Done(NamedTuple):
     bytes_peer: U64
 
 
-class Got(NamedTuple):
-    """Blocks that can be read in the arena, or have failed."""
-
-    lease: U64
-    ttl_ms: U32
-    indices: Indices
-    statuses: PerKey
-    sources: PerKey
-    extents: Extents
-    more: Flag
-
-
-class Ahead(NamedTuple):
-    """What has landed of a block and is not proven yet."""
-
-    index: U32  # type: ignore[assignment]  # and not the method of tuples
-    offset: U64
-    length: U64
-
-
 class NodeMatch(NamedTuple):
     """How much of the chain one node holds."""
 
@@ -198,8 +160,8 @@ class EngineError(NamedTuple):
     fields: Names = ()
 
 
-Request = Attach | Open | MapRegion | UnmapRegion | Store | Load | Get | ReleaseLease | MatchKeys
-Answer = Ready | Opened | Done | Got | Ahead | Matched | Ok | EngineError
+Request = Attach | Open | MapRegion | UnmapRegion | Store | Load | MatchKeys
+Answer = Ready | Opened | Done | Matched | Ok | EngineError
 
 REQUESTS: Final[dict[type[Request], EngineType]] = {
     Attach: EngineType.ATTACH,
@@ -208,16 +170,12 @@ REQUESTS: Final[dict[type[Request], EngineType]] = {
     UnmapRegion: EngineType.UNMAP_REGION,
     Store: EngineType.STORE,
     Load: EngineType.LOAD,
-    Get: EngineType.GET,
-    ReleaseLease: EngineType.RELEASE,
     MatchKeys: EngineType.MATCH,
 }
 ANSWERS: Final[dict[int, type[Answer]]] = {
     EngineType.READY: Ready,
     EngineType.OPENED: Opened,
     EngineType.DONE: Done,
-    EngineType.GOT: Got,
-    EngineType.AHEAD: Ahead,
     EngineType.MATCHED: Matched,
     EngineType.OK: Ok,
     EngineType.ERROR: EngineError,

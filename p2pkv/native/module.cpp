@@ -21,6 +21,7 @@ using namespace p2pkv;
 void bind_store(nb::module_& m);
 void bind_server(nb::module_& m);
 void bind_lane(nb::module_& m);
+void bind_gets(nb::module_& m);
 void bind_inline(nb::module_& m);
 void bind_msgpack(nb::module_& m);
 void bind_mapping(nb::module_& m);
@@ -157,12 +158,12 @@ NB_MODULE(_native, m) {
     m.def("copy", copy, "dst"_a, "src"_a);
     m.def("copy_hash", copy_hash, "dst"_a, "src"_a);
     m.def("address_of", address_of, "buffer"_a);
-    m.def("processor", current_processor);
     m.def("run_now", run_now, "work"_a, "items"_a, "deadline_s"_a = -1.0);
 
     bind_store(m);
     bind_server(m);
     bind_lane(m);
+    bind_gets(m);
     bind_inline(m);
     bind_msgpack(m);
     bind_mapping(m);

@@ -1,0 +1,370 @@
+#include "gets.hpp"
+
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "frame.hpp"
+#include "guard.hpp"
+#include "msgpack.hpp"
+#include "placement.hpp"
+
+namespace p2pkv {
+namespace {
+
+// p2pkv/wire/engine_types.py
+constexpr unsigned char kGet = 73, kGot = 74, kRelease = 75, kAhead = 79, kError = 95;
+// p2pkv/types.py
+constexpr unsigned char kOk = 0, kTimeout = 3, kLost = 8, kStatusMax = 9;
+constexpr uint64_t kKeysMax = 16384;        // p2pkv/wire/limits.py
+constexpr size_t kBodyBytesMax = 4 << 20;   // p2pkv/wire/frame.py
+constexpr size_t kReceiveBytes = 64 << 10;
+constexpr size_t kInFlightMax = 256;        // as p2pkv/client/channel.py
+constexpr double kReleaseS = 0.05;          // a lease that is not given back expires by itself
+constexpr double kFinishS = 1.0;            // a frame that has begun: finish it, or give the connection up
+constexpr double kSignalsS = 0.1;
+
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// 1: ready. 0: not in time. -1: a signal.
+int wait_for(int fd, short events, double seconds) {
+    pollfd watched{fd, events, 0};
+    const double left = std::clamp(seconds, 0.0, 86400.0);
+    const timespec timeout{static_cast<time_t>(left), static_cast<long>(std::fmod(left, 1.0) * 1e9)};
+    const int ready = ppoll(&watched, 1, &timeout, nullptr);
+    return ready < 0 && errno != EINTR ? 1 : ready;  // whatever else is wrong, the next call on it says so
+}
+
+}  // namespace
+
+struct Gets::Got {
+    uint64_t lease = 0, ttl_ms = 0;
+    std::vector<uint32_t> indices;
+    std::string_view statuses;
+    std::vector<std::pair<uint64_t, uint64_t>> extents;  // offset and length
+    bool more = false;
+};
+
+struct Gets::Ahead {
+    uint64_t index = 0, offset = 0, length = 0;
+};
+
+// A get's place among those that wait; what comes for it too late is given back.
+class Gets::Turn {
+  public:
+    Turn(Gets& gets, Parts* inbox) : gets_(gets), inbox_(inbox), end(gets.begin(inbox, &id)) {}
+    ~Turn() {
+        if (end != End::done) return;
+        {
+            std::lock_guard lock(gets_.mutex_);
+            gets_.inboxes_.erase(id);
+        }
+        gets_.discard(*inbox_);
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+  private:
+    Gets& gets_;
+    Parts* const inbox_;
+
+  public:
+    uint32_t id = 0;
+    const End end;
+};
+
+Gets::Gets(int fd, const void* arena, size_t arena_bytes)
+    : fd_(fd), arena_(static_cast<const unsigned char*>(arena)), arena_bytes_(arena_bytes) {}
+
+Gets::~Gets() { ::close(fd_); }
+
+std::optional<std::string> Gets::broken() const {
+    std::lock_guard lock(mutex_);
+    return broken_;
+}
+
+void Gets::close(std::string reason) {
+    std::lock_guard lock(mutex_);
+    fail(std::move(reason));
+}
+
+void Gets::fail(std::string reason) {
+    if (broken_) return;
+    broken_ = std::move(reason);
+    shutdown(fd_, SHUT_RDWR);  // wakes whoever sleeps on it
+    arrived_.notify_all();
+}
+
+Gets::Result Gets::get(const Ask& ask, const std::function<bool()>& interrupted) {
+    Result out;
+    out.statuses.assign(ask.keys.size(), kTimeout);
+    const double asked_at = now_s();
+    const auto end = [&](End how, std::string detail = {}) {
+        out.end = how;
+        out.detail = std::move(detail);
+        if (how == End::broken || how == End::busy)
+            std::replace_if(out.statuses.begin(), out.statuses.end(), [](auto status) { return status != kOk; }, kLost);
+        return std::move(out);
+    };
+    Parts inbox;
+    const Turn turn(*this, &inbox);
+    if (turn.end != End::done) return end(turn.end);
+    std::string body;
+    msgpack::Writer writer(&body);
+    writer.array(4);
+    writer.uint(ask.space);
+    writer.array(static_cast<uint32_t>(ask.keys.size()));
+    for (const std::string_view key : ask.keys) writer.bin(key);
+    writer.uint(ask.deadline_ms);
+    writer.uint(current_processor());
+    if (const End sent = send(frame::make(kGet, turn.id, body), ask.deadline); sent != End::done) return end(sent);
+
+    std::vector<Copied> copied(ask.keys.size());
+    while (true) {
+        Part part;
+        if (const End how = next(&inbox, ask.deadline, interrupted, &part); how != End::done) return end(how);
+        if (part.type == kError) return end(End::refused, std::move(part.body));
+        if (part.type == kAhead) {
+            Ahead ahead;
+            if (!parse(part.body, &ahead)) {
+                close("malformed AHEAD");
+                return end(End::broken);
+            }
+            if (std::string why = complaint(ask, ahead); !why.empty()) return end(End::nonsense, std::move(why));
+            copy_ahead(ask, ahead, &copied);
+            continue;
+        }
+        Got got;
+        if (!parse(part.body, &got)) {
+            close("malformed GOT");
+            return end(End::broken);
+        }
+        std::string why = complaint(ask, got);
+        if (why.empty()) copy_out(ask, got, copied, &out.statuses);
+        const double held_s = now_s() - asked_at;
+        if (got.lease != 0) release(got.lease);
+        if (!why.empty()) return end(End::nonsense, std::move(why));
+        // The agent counts ttl_ms from when the request reached it, which was after `asked_at`: if that much time has passed
+        // (this process was stopped), the slots may have been reused while they were copied.
+        if (got.lease != 0 && held_s >= static_cast<double>(got.ttl_ms) / 1000)
+            for (size_t i = 0; i < got.indices.size(); ++i)
+                if (got.statuses[i] == kOk) out.statuses[got.indices[i]] = kTimeout;
+        if (!got.more) return end(End::done);
+    }
+}
+
+// --- what came
+
+bool Gets::parse(std::string_view body, Got* got) {
+    msgpack::Reader reader(body);
+    uint64_t fields, count;
+    if (!reader.array(&fields) || fields < 7 || !reader.uint(&got->lease) || !reader.uint(&got->ttl_ms) || got->ttl_ms > UINT32_MAX)
+        return false;
+    if (!reader.array(&count) || count > kKeysMax || count > reader.left()) return false;
+    got->indices.resize(count);
+    for (uint32_t& index : got->indices) {
+        uint64_t value;
+        if (!reader.uint(&value) || value > UINT32_MAX) return false;
+        index = static_cast<uint32_t>(value);
+    }
+    std::string_view sources;
+    if (!reader.bin(&got->statuses) || got->statuses.size() > kKeysMax) return false;
+    if (!reader.bin(&sources) || sources.size() > kKeysMax) return false;
+    if (!reader.array(&count) || count > kKeysMax || count > reader.left()) return false;
+    got->extents.resize(count);
+    for (auto& [offset, length] : got->extents) {
+        uint64_t parts;
+        if (!reader.array(&parts) || parts < 2 || !reader.uint(&offset) || !reader.uint(&length) || !reader.skip(parts - 2))
+            return false;
+    }
+    return reader.boolean(&got->more) && reader.skip(fields - 7) && reader.at_end();
+}
+
+// Why this is no answer to that; empty if it is one.
+std::string Gets::complaint(const Ask& ask, const Got& got) const {
+    if (got.statuses.size() != got.indices.size() || got.extents.size() != got.indices.size())
+        return "the parts of the agent's answer differ in length";
+    for (size_t i = 0; i < got.indices.size(); ++i) {
+        const auto status = static_cast<unsigned char>(got.statuses[i]);
+        if (got.indices[i] >= ask.keys.size() || status > kStatusMax) return "the agent tells of a block that nobody asked for";
+        const auto [offset, length] = got.extents[i];
+        if (status == kOk && (length != ask.block_bytes || length > arena_bytes_ || offset > arena_bytes_ - length))
+            return "the agent says that a block is where it cannot be";
+    }
+    return {};
+}
+
+bool Gets::parse(std::string_view body, Ahead* ahead) {
+    msgpack::Reader reader(body);
+    uint64_t fields;
+    return reader.array(&fields) && fields >= 3 && reader.uint(&ahead->index) && ahead->index <= UINT32_MAX &&
+           reader.uint(&ahead->offset) && reader.uint(&ahead->length) && reader.skip(fields - 3) && reader.at_end();
+}
+
+std::string Gets::complaint(const Ask& ask, const Ahead& ahead) const {
+    if (ahead.length == 0) return {};
+    if (ahead.index < ask.keys.size() && ahead.length <= std::min<uint64_t>(ask.block_bytes, arena_bytes_) &&
+        ahead.offset <= arena_bytes_ - ahead.length)
+        return {};
+    return "the agent tells of bytes that nobody asked for";
+}
+
+// Copy what has landed of a block and is not proven yet.
+void Gets::copy_ahead(const Ask& ask, const Ahead& ahead, std::vector<Copied>* copied) const {
+    if (ahead.length == 0) {  // all that was told ahead has failed
+        copied->assign(copied->size(), Copied{});
+        return;
+    }
+    Copied& known = (*copied)[ahead.index];
+    if (known.offset != ahead.offset) known = {ahead.offset, 0};
+    if (known.done >= ahead.length) return;
+    if (guarded_copy(ask.buffers[ahead.index] + known.done, arena_ + ahead.offset + known.done, ahead.length - known.done,
+                     CopyDeadline::max()))
+        known.done = ahead.length;
+}
+
+void Gets::copy_out(const Ask& ask, const Got& got, const std::vector<Copied>& copied,
+                    std::vector<unsigned char>* statuses) const {
+    for (size_t i = 0; i < got.indices.size(); ++i) {
+        const uint32_t index = got.indices[i];
+        auto status = static_cast<unsigned char>(got.statuses[i]);
+        if (status == kOk) {
+            const auto [offset, length] = got.extents[i];
+            const uint64_t done = copied[index].offset == offset ? copied[index].done : 0;
+            if (!guarded_copy(ask.buffers[index] + done, arena_ + offset + done, length - done, CopyDeadline::max()))
+                status = kLost;
+        }
+        (*statuses)[index] = status;
+    }
+}
+
+// --- the socket
+
+Gets::End Gets::begin(Parts* inbox, uint32_t* id) {
+    std::lock_guard lock(mutex_);
+    if (broken_) return End::broken;
+    if (inboxes_.size() >= kInFlightMax) return End::busy;
+    do *id = ++last_id_;
+    while (*id == 0 || inboxes_.contains(*id));
+    inboxes_.emplace(*id, inbox);
+    return End::done;
+}
+
+// Wait for the next part of an answer.
+Gets::End Gets::next(Parts* inbox, double deadline, const std::function<bool()>& interrupted, Part* part) {
+    std::unique_lock lock(mutex_);
+    while (true) {
+        if (!inbox->empty()) {
+            *part = std::move(inbox->front());
+            inbox->pop_front();
+            return End::done;
+        }
+        if (broken_) return End::broken;
+        const double left = deadline - now_s();
+        if (left <= 0) return End::late;
+        bool look = false;  // whether a signal has come, as far as we can tell
+        if (reading_) {
+            const std::chrono::duration<double> most(std::min(left, kSignalsS));
+            look = arrived_.wait_for(lock, most) == std::cv_status::timeout;
+        } else {
+            reading_ = true;
+            lock.unlock();
+            look = read_once(left);
+            lock.lock();
+            reading_ = false;
+            if (inboxes_.size() > 1) arrived_.notify_all();
+        }
+        if (!look) continue;
+        lock.unlock();
+        if (interrupted()) return End::interrupted;
+        lock.lock();
+    }
+}
+
+// As the one who reads: wait for bytes, take them in, hand them out. Whether a signal came instead.
+bool Gets::read_once(double seconds) {
+    static thread_local std::vector<char> buffer(kReceiveBytes);
+    if (wait_for(fd_, POLLIN, seconds) < 0) return true;
+    const ssize_t n = recv(fd_, buffer.data(), buffer.size(), MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return false;
+    if (n <= 0) {
+        close(n == 0 ? "the agent closed it" : std::strerror(errno));
+    } else {
+        dispatch({buffer.data(), static_cast<size_t>(n)});
+    }
+    return false;
+}
+
+void Gets::dispatch(std::string_view data) {
+    Parts unwanted;
+    {
+        std::lock_guard lock(mutex_);
+        in_.append(data);
+        size_t at = 0;
+        while (!broken_ && in_.size() - at >= frame::kHeaderBytes) {
+            const frame::Header header = frame::parse(in_.data() + at);
+            if (header.version != frame::kVersion || header.length > kBodyBytesMax ||
+                (header.type != kGot && header.type != kAhead && header.type != kError)) {
+                fail("what the agent says is no answer to a get");
+                break;
+            }
+            if (in_.size() - at - frame::kHeaderBytes < header.length) break;
+            Part part{header.type, in_.substr(at + frame::kHeaderBytes, header.length)};
+            at += frame::kHeaderBytes + header.length;
+            const auto inbox = inboxes_.find(header.request_id);
+            (inbox == inboxes_.end() ? unwanted : *inbox->second).push_back(std::move(part));
+        }
+        in_.erase(0, at);
+    }
+    discard(unwanted);
+}
+
+// Send a whole frame. One that was sent in part and cannot be finished breaks the connection.
+Gets::End Gets::send(std::string_view frame, double deadline) {
+    std::lock_guard lock(send_mutex_);
+    size_t sent = 0;
+    while (sent < frame.size()) {
+        const ssize_t n = ::send(fd_, frame.data() + sent, frame.size() - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n >= 0) {
+            if (sent == 0) deadline = std::max(deadline, now_s() + kFinishS);
+            sent += static_cast<size_t>(n);
+            continue;
+        }
+        if (errno == EINTR) continue;
+        if (errno != EAGAIN) {
+            close(std::string("send failed: ") + std::strerror(errno));
+            return End::broken;
+        }
+        const double left = deadline - now_s();
+        if (left > 0 && wait_for(fd_, POLLOUT, left) != 0) continue;
+        if (sent == 0) return End::busy;
+        close("the agent stopped reading in the middle of a request");
+        return End::broken;
+    }
+    return End::done;
+}
+
+void Gets::release(uint64_t lease) {
+    std::string body;
+    msgpack::Writer writer(&body);
+    writer.array(1);
+    writer.uint(lease);
+    send(frame::make(kRelease, 0, body), now_s() + kReleaseS);
+}
+
+// Answers that nobody waits for any more: blocks that they hold are given back.
+void Gets::discard(const Parts& parts) {
+    for (const Part& part : parts) {
+        Got got;
+        if (part.type == kGot && parse(part.body, &got) && got.lease != 0) release(got.lease);
+    }
+}
+
+}  // namespace p2pkv
