@@ -269,14 +269,14 @@ Gets::End Gets::next(Parts* inbox, double deadline, const std::function<bool()>&
         if (broken_) return End::broken;
         const double left = deadline - now_s();
         if (left <= 0) return End::late;
-        bool look = false;  // whether a signal has come, as far as we can tell
+        bool look = false;  // a signal has come, or may have come just before we slept
         if (reading_) {
             const std::chrono::duration<double> most(std::min(left, kSignalsS));
             look = arrived_.wait_for(lock, most) == std::cv_status::timeout;
         } else {
             reading_ = true;
             lock.unlock();
-            look = read_once(left);
+            look = !read_once(std::min(left, kSignalsS));
             lock.lock();
             reading_ = false;
             if (inboxes_.size() > 1) arrived_.notify_all();
@@ -288,18 +288,18 @@ Gets::End Gets::next(Parts* inbox, double deadline, const std::function<bool()>&
     }
 }
 
-// As the one who reads: wait for bytes, take them in, hand them out. Whether a signal came instead.
+// As the one who reads: wait for bytes, take them in, hand them out. False: none came.
 bool Gets::read_once(double seconds) {
     static thread_local std::vector<char> buffer(kReceiveBytes);
-    if (wait_for(fd_, POLLIN, seconds) < 0) return true;
+    if (wait_for(fd_, POLLIN, seconds) <= 0) return false;
     const ssize_t n = recv(fd_, buffer.data(), buffer.size(), MSG_DONTWAIT);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return false;
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return true;
     if (n <= 0) {
         close(n == 0 ? "the agent closed it" : std::strerror(errno));
     } else {
         dispatch({buffer.data(), static_cast<size_t>(n)});
     }
-    return false;
+    return true;
 }
 
 void Gets::dispatch(std::string_view data) {

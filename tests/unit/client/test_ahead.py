@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from p2pkv import _native
 from p2pkv.client import Layout, Status
 from p2pkv.client.cache import Cache
-from p2pkv.client.channel import Channel
 from p2pkv.errors import P2PKVError
 from p2pkv.wire.engine import CODEC, Ahead, Got
 from p2pkv.wire.fields import Extent
@@ -25,13 +25,11 @@ A, B = bytes([1]) * BLOCK, bytes([2]) * BLOCK
 class Agent:
     """A client, a connection and an agent's arena in one; what the agent says is the test's."""
 
-    broken = None
-
     def __init__(self) -> None:
         self.memory = bytearray(A + B + bytes(BLOCK))
         self.arena = memoryview(self.memory)
         ours, theirs = socket.socketpair()
-        self.lane = Channel(ours)
+        self.gets = _native.Gets(ours.detach(), self.memory)
         self.sock = theirs
         self.out = bytearray(BLOCK)
 
@@ -70,7 +68,7 @@ class Agent:
 def agent() -> Iterator[Agent]:
     made = Agent()
     yield made
-    made.lane.close()
+    made.gets.close("the test is over")
     made.sock.close()
 
 
