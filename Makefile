@@ -12,6 +12,7 @@ VENV_LOCK ?= .venv-lock
 VLLM_PYTHON ?= .venv-vllm/bin/python
 CXX := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 JOBS ?= $(shell nproc)
+UNIT_JOBS ?= $(shell expr $(JOBS) + 1)  # some of them wait
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCHES ?= fetch failover stress idle index
@@ -30,6 +31,8 @@ NATIVE_SOURCES := CMakeLists.txt p2pkv/native p2pkv/index/core \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
+# Compiled once, and not again at every start of an agent or a test's worker, whatever the caller's shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 # ---------------------------------------------------------------------------------------------------------- environment
 
@@ -99,7 +102,7 @@ test: setup nixl-if-there test-unit test-integration ## set up everything and ru
 
 .PHONY: test-unit
 test-unit: setup ## unit tests, in parallel
-	$(call run_pytest,tests/unit -n $(JOBS) --dist worksteal -m "$(UNIT)")
+	$(call run_pytest,tests/unit -n $(UNIT_JOBS) --dist worksteal -m "$(UNIT)")
 
 .PHONY: test-integration
 test-integration: setup ## contract suites and real agents on this host

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import xor
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ from p2pkv.types import Tier
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+_entry_checksum = lru_cache(1 << 16)(entry_checksum)  # tests ask for the same few again and again
 
 
 class ReferenceIndex:
@@ -121,7 +123,7 @@ class ReferenceIndex:
 
     def checksum(self, node: int) -> int:
         self._check_node(node)
-        return reduce(xor, (entry_checksum(key, tier) for key, tier in self._sets.get(node, {}).items()), 0)
+        return reduce(xor, (_entry_checksum(key, tier) for key, tier in self._sets.get(node, {}).items()), 0)
 
     def count(self, node: int) -> int:
         self._check_node(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -26,8 +27,8 @@ TIERS = st.sampled_from(list(Tier))
 PLACES = st.sampled_from([tier for tier in Tier if tier is not Tier.GONE])
 
 
-def sets(index: Index, node: int) -> dict[Tier, frozenset[bytes]]:
-    return {tier: frozenset(k[i : i + 8] for i in range(0, len(k), 8)) for tier, k in index.snapshot(node)}
+def sets(index: Index, node: int) -> dict[Tier, bytes]:
+    return {tier: np.sort(np.frombuffer(keys, np.uint64)).tobytes() for tier, keys in index.snapshot(node)}
 
 
 class SideBySide(RuleBasedStateMachine):

@@ -94,5 +94,3 @@ def test_a_thread_that_has_ended_harms_nobody() -> None:
     placement(HERE[:2]).arrange(HERE[0], threads.reader, threads.checker)
 
 
-def test_this_thread_knows_where_it_runs() -> None:
-    assert _native.processor() in HERE
