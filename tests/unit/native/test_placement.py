@@ -92,5 +92,3 @@ def test_a_thread_that_has_ended_harms_nobody() -> None:
     threads = Threads()
     threads.end()
     placement(HERE[:2]).arrange(HERE[0], threads.reader, threads.checker)
-
-
