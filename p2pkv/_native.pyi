@@ -1,7 +1,7 @@
 """Stub of the C++ extension (sources in ``p2pkv/native``). Lengths are in bytes; digests are 16 bytes each."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from typing_extensions import Buffer
 
@@ -241,7 +241,7 @@ class InlineReads:
         bell: int,
         descriptors: Callable[[list[tuple[int, int, int]]], object],
         create: Callable[[object, object, str], int],
-        post: Callable[[int], bool],
+        post: Callable[[int], SupportsIndex],
         release: Callable[[int], object],
         base: int,
         arena_bytes: int,

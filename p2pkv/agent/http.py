@@ -9,18 +9,33 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
+import msgspec
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field
 
 import p2pkv
 from p2pkv.agent import metrics, query
+from p2pkv.agent.http_types import (
+    Blocks,
+    Conductor,
+    Lookup,
+    LookupAnswer,
+    Nodes,
+    Problem,
+    QueryByHash,
+    QueryByTokens,
+    Readiness,
+    Score,
+    ScoreAnswer,
+)
 from p2pkv.errors import ConfigError, InvalidArgument
+from p2pkv.index.hashing import parse_hashes, salted
 from p2pkv.types import Layout
 
 if TYPE_CHECKING:
@@ -34,51 +49,59 @@ BODY_BYTES_MAX: Final = 16 << 20
 CONCURRENCY_MAX: Final = 256
 BLOCKS_LIMIT_MAX: Final = 10_000
 
-Token = Annotated[int, Field(ge=0, lt=1 << 32)]
-Hash = Annotated[str, Field(min_length=16, max_length=128)] | Annotated[int, Field(ge=0, lt=1 << 64)]
-Name = Annotated[str, Field(max_length=512)]
+
+def _schema(kind: Any) -> dict[str, Any]:
+    [schema], components = msgspec.json.schema_components([kind], ref_template="#/components/schemas/{name}")
+    _COMPONENTS.update(components)
+    return schema
 
 
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
-    model: Name = Field(description="Model name as the engines' layouts have it.")
-    lora_name: Name | None = None
-    tenant_id: Name | None = Field(None, description='Missing or "default": no tenant.')
-    instance_id: Name | None = Field(None, description="Only this node (16 hexadecimal digits).")
-    block_size: int | None = Field(
-        None, ge=1, le=1 << 20, description="Tokens per hashed block; missing: the layout's."
-    )
-    cache_salt: Name | None = None
+_COMPONENTS: Final[dict[str, Any]] = {}
 
 
-class QueryByTokens(_Asked):
-    """The conductor's ``POST /query``."""
+def _described(answer: Any, body: Any = None, *refusals: int) -> dict[str, Any]:
+    """For a route: the OpenAPI of its answer, of the body that it takes, and of how it refuses."""
 
-    token_ids: list[Token] = Field(max_length=query.TOKENS_MAX)
+    def content(kind: Any) -> dict[str, Any]:
+        return {"application/json": {"schema": _schema(kind)}}
 
-
-class QueryByHash(_Asked):
-    """The conductor's ``POST /query_by_hash``: the engine's own block hashes, hexadecimal or integers."""
-
-    seq_hashes: list[Hash] = Field(max_length=query.HASHES_MAX)
-
-
-class Lookup(BaseModel):
-    """``POST /v1/lookup``: a chain of block hashes within one namespace."""
-
-    namespace: str = Field(pattern="^[0-9a-f]{16}$")
-    hashes: list[Hash] = Field(max_length=query.HASHES_MAX)
+    described: dict[str, Any] = {"responses": {200: {"description": "The answer.", "content": content(answer)}}}
+    if body is not None:
+        described["openapi_extra"] = {"requestBody": {"required": True, "content": content(body)}}
+        refusals = (400, 413, 422, *refusals)
+    for status in refusals:
+        described["responses"][status] = {"description": _REFUSALS[status], "content": content(Problem)}
+    return described
 
 
-class Problem(BaseModel):
-    """Why a request was refused."""
+_REFUSALS: Final = {
+    400: "What is asked cannot be answered.",
+    413: "The body is too large.",
+    422: "The body is not what its schema says.",
+    503: "Starting or draining.",
+}
 
-    error: str
-    hint: str = ""
+
+_Body = TypeVar("_Body")
 
 
-_REFUSALS: Final[dict[int | str, dict[str, Any]]] = {400: {"model": Problem}, 413: {"model": Problem}}
+class _Refused(Exception):
+    """The request is wrong, and this says how."""
+
+    def __init__(self, problem: Problem, status: int) -> None:
+        super().__init__(problem.error)
+        self.response = _json(problem, status)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+async def _read(request: Request, kind: type[_Body]) -> _Body:
+    try:
+        return msgspec.json.decode(await request.body(), type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise _Refused(Problem(f"the body is not what it should be: {error}", "See /openapi.json."), 422) from error
 
 
 def build_app(agent: Agent) -> FastAPI:
@@ -86,64 +109,95 @@ def build_app(agent: Agent) -> FastAPI:
     app = FastAPI(title="p2pkv agent", version=p2pkv.__version__, docs_url=None, redoc_url=None)
 
     @app.exception_handler(InvalidArgument)
-    async def refuse(_: Request, error: InvalidArgument) -> JSONResponse:
-        return JSONResponse({"error": error.message, "hint": error.hint}, status_code=400)
+    async def refuse(_: Request, error: InvalidArgument) -> Response:
+        return _json(Problem(str(error), error.hint), 400)
+
+    @app.exception_handler(_Refused)
+    async def refused(_: Request, error: _Refused) -> Response:
+        return error.response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        return _json(Problem(problems, "See /openapi.json."), 422)
 
     @app.get("/healthz", response_class=PlainTextResponse, summary="The process runs and its loop turns.")
     async def healthz() -> str:
         return "ok"
 
-    @app.get("/readyz", summary="The agent takes requests.", responses={503: {"description": "starting or draining"}})
-    async def readyz() -> JSONResponse:
+    @app.get("/readyz", summary="The agent takes requests.", **_described(Readiness, None, 503))
+    async def readyz() -> Response:
         state = "draining" if agent.draining else ("ready" if agent.ready else "starting")
-        return JSONResponse({"state": state}, status_code=200 if state == "ready" else 503)
+        return _json(Readiness(state), 200 if state == "ready" else 503)
 
     @app.get("/metrics", summary="Prometheus metrics.", response_class=PlainTextResponse)
     async def scrape() -> Response:
         return Response(metrics.render(agent), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/nodes", summary="This node and its peers, as seen from here.")
-    async def nodes() -> dict[str, Any]:
-        return _nodes(agent)
+    @app.get("/v1/nodes", summary="This node and its peers, as seen from here.", **_described(Nodes))
+    async def nodes() -> Response:
+        return _json(_nodes(agent))
 
-    @app.get("/v1/blocks", summary="This node's blocks, by namespace.", responses=_REFUSALS)
+    @app.get("/v1/blocks", summary="This node's blocks, by namespace.", **_described(Blocks, None, 422))
     async def blocks(
         namespace: Annotated[str | None, Query(pattern="^[0-9a-f]{16}$")] = None,
         limit: Annotated[int, Query(ge=0, le=BLOCKS_LIMIT_MAX)] = 100,
-    ) -> dict[str, Any]:
-        return _blocks(agent, None if namespace is None else int(namespace, 16), limit)
+    ) -> Response:
+        return _json(_blocks(agent, None if namespace is None else int(namespace, 16), limit))
 
-    @app.post("/v1/lookup", summary="Who holds how much of a chain, in blocks.", responses=_REFUSALS)
-    async def lookup(body: Lookup) -> dict[str, Any]:
-        return query.lookup(agent, int(body.namespace, 16), query.parse_hashes(body.hashes))
+    @app.post("/v1/lookup", summary="Who holds how much of a chain, in blocks.", **_described(LookupAnswer, Lookup))
+    async def lookup(request: Request) -> Response:
+        body = await _read(request, Lookup)
+        return _json(query.lookup(agent, int(body.namespace, 16), query.whole_hashes(body.hashes)))
 
-    @app.post("/query", summary="Who holds how much of a prompt, in tokens (conductor).", responses=_REFUSALS)
-    async def by_tokens(body: QueryByTokens) -> dict[str, dict[str, Any]]:
-        lora, salt = body.lora_name or "", body.cache_salt or ""
-        layouts = _select(agent, body)
+    @app.post("/v1/score", summary="What each node would have to do for a prompt.", **_described(ScoreAnswer, Score))
+    async def score(request: Request) -> Response:
+        body = await _read(request, Score)
+        if (body.token_ids is None) == (body.hashes is None):
+            raise InvalidArgument("a prompt is either token_ids or hashes")
+        if body.token_ids is not None:
+            asked = await _hashed(agent, body, body.token_ids)
+            tokens = len(body.token_ids)
+        else:
+            asked = _salted(agent, body, body.hashes or [])
+            tokens = None
+        return _json(query.score(agent, asked, tokens=tokens, candidates=body.candidates))
 
-        def hashed() -> list[tuple[Layout, list[bytes]]]:
-            tokens, block_tokens = body.token_ids, body.block_size
-            return [
-                (layout, query.hashes_of_tokens(layout, tokens, block_tokens=block_tokens, lora=lora, cache_salt=salt))
-                for layout in layouts
-            ]
+    @app.post(
+        "/query",
+        summary="Who holds how much of a prompt, in tokens (conductor).",
+        **_described(Conductor, QueryByTokens),
+    )
+    async def by_tokens(request: Request) -> Response:
+        body = await _read(request, QueryByTokens)
+        asked = await _hashed(agent, body, body.token_ids)
+        return _json(_only(query.query_layouts(agent, asked), body.instance_id))
 
-        # Seconds for the longest prompts: engines and peers are not to wait for that.
-        asked = await asyncio.to_thread(hashed)
-        return _only(query.query_layouts(agent, asked), body.instance_id)
+    @app.post(
+        "/query_by_hash",
+        summary="Who holds how much of a chain, in tokens (conductor).",
+        **_described(Conductor, QueryByHash),
+    )
+    async def by_hash(request: Request) -> Response:
+        body = await _read(request, QueryByHash)
+        return _json(_only(query.query_layouts(agent, _salted(agent, body, body.seq_hashes)), body.instance_id))
 
-    @app.post("/query_by_hash", summary="Who holds how much of a chain, in tokens (conductor).", responses=_REFUSALS)
-    async def by_hash(body: QueryByHash) -> dict[str, dict[str, Any]]:
-        hashes = query.parse_hashes(body.seq_hashes)
-        return _only(
-            query.query_layouts(agent, ((layout, hashes) for layout in _select(agent, body))), body.instance_id
-        )
+    generated = app.openapi
 
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            generated().setdefault("components", {}).setdefault("schemas", {}).update(_COMPONENTS)
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 
-def _select(agent: Agent, body: _Asked) -> list[Layout]:
+_Prompt = QueryByTokens | QueryByHash | Score
+
+
+def _select(agent: Agent, body: _Prompt) -> list[Layout]:
     return query.select_layouts(
         agent,
         model=body.model,
@@ -152,6 +206,26 @@ def _select(agent: Agent, body: _Asked) -> list[Layout]:
         cache_salt=body.cache_salt or "",
         block_tokens=body.block_size,
     )
+
+
+async def _hashed(agent: Agent, body: _Prompt, tokens: list[int]) -> list[tuple[Layout, bytes]]:
+    """A prompt's packed index keys in each of its layouts."""
+    lora, salt, block_tokens = body.lora_name or "", body.cache_salt or "", body.block_size
+    layouts = _select(agent, body)
+
+    def hashed() -> list[tuple[Layout, bytes]]:
+        return [
+            (layout, query.keys_of_tokens(layout, tokens, block_tokens=block_tokens, lora=lora, cache_salt=salt))
+            for layout in layouts
+        ]
+
+    # Seconds for the longest prompts: engines and peers are not to wait for that.
+    return await asyncio.to_thread(hashed)
+
+
+def _salted(agent: Agent, body: _Prompt, hashes: Sequence[str | int]) -> list[tuple[Layout, bytes]]:
+    packed = parse_hashes(hashes)
+    return [(layout, salted(packed, layout.namespace)) for layout in _select(agent, body)]
 
 
 def _only(answer: dict[str, dict[str, Any]], instance: str | None) -> dict[str, dict[str, Any]]:

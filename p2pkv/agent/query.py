@@ -6,19 +6,21 @@ instance how many *tokens* of the prefix it holds, and in which kind of memory. 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from p2pkv.agent.http_types import Candidate, ScoreAnswer, Tiers
 from p2pkv.errors import InvalidArgument
-from p2pkv.index.hashing import LoraAdapter, VllmHasher, coarser, index_keys
+from p2pkv.index.hashing import KEY_BYTES, LoraAdapter, VllmHasher, coarser, index_keys
 from p2pkv.types import Layout, NodeId, Tier
 
 if TYPE_CHECKING:
     from p2pkv.agent.daemon import Agent
 
-TOKENS_MAX = 1 << 21
-HASHES_MAX = 1 << 16
-DEFAULT_TENANT = "default"
+DEFAULT_TENANT: Final = "default"
+_ROWS: Final = struct.Struct("<8I")
+"""Of :attr:`p2pkv.index.prefix.Match.packed`."""
 
 
 def known_layouts(agent: Agent) -> list[Layout]:
@@ -57,10 +59,10 @@ def select_layouts(
     ]
 
 
-def hashes_of_tokens(
+def keys_of_tokens(
     layout: Layout, tokens: Sequence[int], *, block_tokens: int | None, lora: str, cache_salt: str
-) -> list[bytes]:
-    """The block hashes that engines of this layout give these tokens.
+) -> bytes:
+    """Packed index keys of the block hashes that engines of this layout give these tokens.
 
     Raises:
         InvalidArgument: this agent does not know the layout's hash algorithm.
@@ -75,29 +77,82 @@ def hashes_of_tokens(
     hasher = VllmHasher(layout.hash_algo, none_hash=none_hash)
     adapter = LoraAdapter(lora, "") if lora else None
     fine = hasher.block_hashes(tokens, hashed, lora=adapter, cache_salt=cache_salt or None)
-    return coarser(fine, layout.block_tokens // hashed)
+    return index_keys(layout.namespace, coarser(fine, layout.block_tokens // hashed))
 
 
-def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, Sequence[bytes]]]) -> dict[str, dict[str, Any]]:
-    """The conductor's answer for chains of hashes, each in its layout."""
+def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> dict[str, dict[str, Any]]:
+    """The conductor's answer for chains of packed index keys, each in its layout."""
     answer: dict[str, dict[str, Any]] = {}
-    for layout, hashes in asked:
+    node_at = agent.network.slot_node
+    for layout, keys in asked:
         instances = answer.setdefault(layout.tenant or DEFAULT_TENANT, {})
-        for row in agent.index.match(index_keys(layout.namespace, hashes)):
-            node = agent.network.slot_node(row.node) if row.node else NodeId(agent.node)
-            tokens = row.depth * layout.block_tokens
-            if node is None or not tokens or tokens <= instances.get(str(node), {}).get("longest_matched", 0):
+        block_tokens = layout.block_tokens
+        for slot, depth, hbm, dram, ssd, shared, _, _ in _ROWS.iter_unpack(agent.index.match(keys).packed):
+            node = node_at(slot)
+            if node is None or not depth:
                 continue
-            by_tier = [blocks * layout.block_tokens for blocks in row.by_tier]
-            gpu, cpu, ssd, shared = by_tier
-            instances[str(node)] = {
+            name, tokens = str(node), depth * block_tokens
+            if name in instances and tokens <= instances[name]["longest_matched"]:
+                continue
+            instances[name] = {
                 "longest_matched": tokens,
-                "GPU": gpu,
-                "DP": {"0": gpu},
-                "CPU": cpu,
-                "DISK": ssd + shared,
+                "GPU": hbm * block_tokens,
+                "DP": {"0": hbm * block_tokens},
+                "CPU": dram * block_tokens,
+                "DISK": (ssd + shared) * block_tokens,
             }
     return answer
+
+
+def score(
+    agent: Agent, asked: Iterable[tuple[Layout, bytes]], *, tokens: int | None, candidates: Sequence[str] | None
+) -> ScoreAnswer:
+    """What each candidate would have to do for a prompt; each in the layout, of those it has, that suits it best.
+
+    Args:
+        asked: chains of packed index keys, each in its layout.
+        tokens: of the prompt; None: its blocks are all there is of it.
+        candidates: only these nodes; None: all that live.
+    """
+    wanted = None if candidates is None else set(candidates)
+    mine = str(NodeId(agent.node))
+    having: list[tuple[str, float | None, Iterable[Layout]]] = [(mine, 0.0, agent.service.layouts)]
+    having += [(str(peer.node), peer.age_ms, peer.card.layouts) for peer in agent.network.peers() if peer.alive]
+    best: dict[str, Candidate] = {}
+    longest = 0
+    for layout, keys in asked:
+        total = len(keys) // KEY_BYTES * layout.block_tokens if tokens is None else tokens
+        longest = max(longest, total)
+        reach = agent.index.reach(keys)
+        rows = {}
+        for row in agent.index.match(keys[: reach * KEY_BYTES], beyond=True):
+            if (node := agent.network.slot_node(row.node)) is not None:
+                rows[str(node)] = row
+        for name, age_ms, layouts in having:
+            if (wanted is not None and name not in wanted) or layout not in layouts:
+                continue
+            known = rows.get(name)
+            depth, held, by_tier = (known.depth, known.held, known.by_tier) if known else (0, 0, (0, 0, 0, 0))
+            candidate = Candidate(
+                node=name,
+                me=name == mine,
+                namespace=f"{layout.namespace:016x}",
+                blocks=len(keys) // KEY_BYTES,
+                block_tokens=layout.block_tokens,
+                depth=depth,
+                tiers=Tiers(*by_tier),
+                fetch_blocks=reach - held,
+                fetch_bytes=(reach - held) * layout.block_bytes,
+                compute_tokens=total - reach * layout.block_tokens,
+                age_ms=age_ms,
+            )
+            if name not in best or _work(candidate) < _work(best[name]):
+                best[name] = candidate
+    return ScoreAnswer(longest, sorted(best.values(), key=lambda candidate: (*_work(candidate), candidate.node)))
+
+
+def _work(candidate: Candidate) -> tuple[int, int]:
+    return candidate.compute_tokens, candidate.fetch_bytes
 
 
 def lookup(agent: Agent, namespace: int, hashes: Sequence[bytes]) -> dict[str, Any]:
@@ -128,14 +183,12 @@ def lookup(agent: Agent, namespace: int, hashes: Sequence[bytes]) -> dict[str, A
     }
 
 
-def parse_hashes(texts: Sequence[str | int]) -> list[bytes]:
+def whole_hashes(texts: Sequence[str | int]) -> list[bytes]:
     """Block hashes from hexadecimal strings, or from integers (taken as 8 bytes, little-endian).
 
     Raises:
         InvalidArgument: naming the first that is neither.
     """
-    if len(texts) > HASHES_MAX:
-        raise InvalidArgument("too many hashes", count=len(texts), limit=HASHES_MAX)
     hashes = []
     for i, text in enumerate(texts):
         try:

@@ -7,17 +7,23 @@ stores, CPU time. The slow ways get a smaller fleet, which is in their rows.
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import os
 from typing import Final
 
 import msgspec
 
-from p2pkv.bench import report
+from p2pkv.bench import http_client, report
 from p2pkv.bench.child import Child
 from p2pkv.bench.index_beside import ENTRIES_PER_S, Beside
 from p2pkv.bench.index_child import BLOCK_TOKENS, KINDS, TOKENS, Measured
-from p2pkv.bench.index_workloads import WORKLOADS
+from p2pkv.bench.index_dump import Dumped
+from p2pkv.bench.index_http import Served
+from p2pkv.bench.index_workloads import CHAIN, WORKLOADS
 from p2pkv.bench.progress import Progress
-from p2pkv.bench.report import Claim, Report, Row, at_most, percentile, ratio, rounded
+from p2pkv.bench.report import Claim, Report, Row, at_least, at_most, percentile, ratio, rounded
+from p2pkv.errors import InvalidArgument
 
 NODES: Final = 100
 BLOCKS: Final = 31_000
@@ -33,6 +39,19 @@ SAMPLES_BESIDE_QUICK: Final = 20_000
 CHILD_S: Final = 300.0
 MEMORY_KEYS_MIN: Final = 1_000_000
 """With fewer, what every index has from its start is most of its memory."""
+
+HTTP_OWNERS: Final = 100
+HTTP_CHAINS: Final = 64
+HTTP_SAMPLES: Final = 4_000
+HTTP_SAMPLES_QUICK: Final = 500
+HTTP_CONNECTIONS: Final = 8
+HTTP_S: Final = 5.0
+HTTP_QUICK_S: Final = 1.0
+HTTP_US: Final = 300.0
+HTTP_PER_S: Final = 2_000.0
+DUMP_ENTRIES: Final = 25_000_000
+DUMP_ENTRIES_QUICK: Final = 1_000_000
+LOAD_S: Final = 10.0
 
 LOOKUP_US: Final = {"disjoint": 5.0, "shared": 8.0, "replicated": 8.0}
 LOOKUP_P99_US: Final = 20.0
@@ -94,18 +113,59 @@ class BesideWriter(Row, frozen=True, kw_only=True):
     wrong: int
 
 
-def run(*, quick: bool = False, progress: Progress | None = None) -> Report:
-    """Measure every workload with every way."""
+class Http(Row, frozen=True, kw_only=True):
+    """``POST /query_by_hash`` over loopback: one connection's round trips, and all connections' rate.
+
+    The server has one processor, and the client another one. ``differing``: answers that were not the reference's.
+    """
+
+    path: str
+    hashes: int
+    owners: int
+    samples: int
+    p50_us: float | None
+    p99_us: float | None
+    connections: int
+    per_s: float | None
+    differing: int
+
+
+class Load(Row, frozen=True, kw_only=True):
+    """A dump of an index, written and loaded again; wall-clock time."""
+
+    entries: int
+    owners: int
+    file_bytes: int
+    dump_s: float | None
+    load_s: float | None
+    rss_bytes_per_entry: float | None
+    same: bool
+
+
+def run(*, quick: bool = False, rival: str = "", progress: Progress | None = None) -> Report:
+    """Measure every workload with every way; ``rival``: "dynamo" too.
+
+    Raises:
+        InvalidArgument: no such rival, or it is not installed.
+    """
     progress = progress or Progress()
+    if rival not in ("", "dynamo"):
+        raise InvalidArgument("unknown rival", rival=rival, hint="There is dynamo.")
+    if rival and importlib.util.find_spec(rival) is None:
+        raise InvalidArgument("the rival is not installed", rival=rival, hint="pip install ai-dynamo-runtime")
     rows: list[Row] = []
     for workload in WORKLOADS:
         for event in EVENTS:
             if event == 1 and workload != "disjoint":
                 continue
             rows += measure("core", workload, NODES, BLOCKS_QUICK if quick else BLOCKS, event, progress)
+            if rival and event == EVENTS[0]:  # its events name their parents: whole chains are enough
+                rows += measure(rival, workload, NODES, BLOCKS_QUICK if quick else BLOCKS, event, progress)
         for way in ("dict", "reference"):
             rows += measure(way, workload, NODES_SLOW, BLOCKS_QUICK if quick else BLOCKS_SLOW, EVENTS[0], progress)
     rows += measure_beside(SAMPLES_BESIDE_QUICK if quick else SAMPLES_BESIDE, progress)
+    rows.append(measure_http(quick, progress))
+    rows.append(measure_load(DUMP_ENTRIES_QUICK if quick else DUMP_ENTRIES, progress))
     return report.make_report("index", rows, claims_of(rows))
 
 
@@ -179,8 +239,52 @@ def measure_beside(samples: int, progress: Progress) -> list[Row]:
     ]
 
 
+def measure_http(quick: bool, progress: Progress) -> Http:
+    """Questions over HTTP."""
+    progress.say(f"index: /query_by_hash with {CHAIN} hashes and {HTTP_OWNERS} owners")
+    before = os.sched_getaffinity(0)
+    with Child("index_http", str(HTTP_OWNERS), str(HTTP_CHAINS)) as child:
+        served = msgspec.json.decode(child.line(CHILD_S), type=Served)
+        asked = [http_client.post("/query_by_hash", body.encode()) for body in served.bodies]
+        os.sched_setaffinity(0, {min(before)})
+        try:
+            http_client.one_by_one(served.port, asked, len(asked))
+            taken, answers = http_client.one_by_one(served.port, asked, HTTP_SAMPLES_QUICK if quick else HTTP_SAMPLES)
+            per_s = http_client.at_once(served.port, asked, HTTP_CONNECTIONS, HTTP_QUICK_S if quick else HTTP_S)
+        finally:
+            os.sched_setaffinity(0, before)
+    wrong = sum(msgspec.json.decode(got) != wanted for got, wanted in zip(answers, served.expected, strict=True))
+    return Http(
+        path="/query_by_hash",
+        hashes=CHAIN,
+        owners=HTTP_OWNERS,
+        samples=len(taken),
+        p50_us=rounded(percentile(taken, 50) * 1e6),
+        p99_us=rounded(percentile(taken, 99) * 1e6),
+        connections=HTTP_CONNECTIONS,
+        per_s=rounded(per_s),
+        differing=wrong,
+    )
+
+
+def measure_load(entries: int, progress: Progress) -> Load:
+    """A dump, there and back."""
+    progress.say(f"index: a dump of {entries} entries")
+    with Child("index_dump", str(entries), str(NODES)) as child:
+        found = msgspec.json.decode(child.line(CHILD_S), type=Dumped)
+    return Load(
+        entries=found.entries,
+        owners=NODES,
+        file_bytes=found.file_bytes,
+        dump_s=rounded(found.dump_s),
+        load_s=rounded(found.load_s),
+        rss_bytes_per_entry=rounded(found.rss_bytes / found.entries),
+        same=found.same,
+    )
+
+
 def claims_of(rows: list[Row]) -> list[Claim]:
-    """Issue 3, points 1 to 4."""
+    """Issue 3, points 1 to 5, and 7."""
     claims = []
     for row in rows:
         if isinstance(row, Lookup) and row.way == "core":
@@ -198,6 +302,14 @@ def claims_of(rows: list[Row]) -> list[Claim]:
         if isinstance(row, Tokens) and row.workload == WORKLOADS[0]:
             id_, what = f"index.tokens.{row.call}", f"{TOKENS} tokens in blocks of {BLOCK_TOKENS}, p50"
             claims.append(at_most(id_, number(row.p50_us), TOKENS_US[row.call], "us", what))
+        if isinstance(row, Http):
+            id_, what = "index.http.query_by_hash", f"{row.hashes} hashes, {row.owners} owners"
+            claims.append(at_most(f"{id_}.p50", number(row.p50_us), HTTP_US, "us", f"{what}, round trip"))
+            claims.append(at_least(f"{id_}.rate", number(row.per_s), HTTP_PER_S, "1/s", f"{what}, one core"))
+            claims.append(at_most(f"{id_}.differing", float(row.differing), 0, "answers", "not the reference's"))
+        if isinstance(row, Load):
+            what = f"seconds to load {row.entries} entries"
+            claims.append(at_most("index.load", number(row.load_s) if row.same else math.nan, LOAD_S, "s", what))
     beside = {row.case: row for row in rows if isinstance(row, BesideWriter)}
     if beside:
         times = ratio(beside["writer"].p99_us, beside["idle"].p99_us)

@@ -75,6 +75,28 @@ class DictIndex:
         return rows + [(node, depth) for node in bits(live)]
 
 
+class DynamoIndex:
+    """NVIDIA Dynamo's radix tree (the wheel ai-dynamo-runtime). It takes events as JSON; making that is not timed."""
+
+    def __init__(self) -> None:
+        from dynamo._core import RadixTree  # its own wheel: see p2pkv.bench.index
+
+        self._tree = RadixTree()
+        self.apply = self._tree.apply_event
+
+    @staticmethod
+    def event(keys: bytes) -> bytes:
+        """A stored event of a whole chain."""
+        blocks = [{"block_hash": key, "tokens_hash": key} for key in unpack_keys(keys)]
+        return msgspec.json.encode(
+            {"event_id": 0, "data": {"stored": {"parent_hash": None, "blocks": blocks}}, "dp_rank": 0}
+        )
+
+    def match(self, keys: Any) -> Any:
+        """Scores by worker."""
+        return self._tree.find_matches(keys).scores
+
+
 def bits(mask: int) -> list[int]:
     """Numbers of the ones."""
     out = []
@@ -83,6 +105,15 @@ def bits(mask: int) -> list[int]:
         out.append(low.bit_length() - 1)
         mask ^= low
     return out
+
+
+WAYS: Final[dict[str, Callable[[], Any]]] = {
+    "core": PrefixIndex,
+    "dict": DictIndex,
+    "reference": ReferenceIndex,
+    "dynamo": DynamoIndex,
+}
+FAST: Final = frozenset({"core", "dynamo"})
 
 
 def rss() -> int:
@@ -100,18 +131,23 @@ def numbers(keys: bytes) -> Any:
 
 
 def measure(way: str, workload_name: str, nodes: int, blocks: int, event: int) -> Measured:
-    """Store and ask. ``way``: core, dict or reference."""
+    """Store and ask. ``way``: core, dict, reference or dynamo."""
     workload = make(workload_name, nodes, blocks)
     asked = {kind: [numbers(keys) for keys in queries(workload, kind, SAMPLES)] for kind in KINDS}
     events = list(cut(workload.events, event))
     numbers(events[0][1])
+    calls: list[tuple[Any, ...]] = [(node, keys, Tier.DRAM) for node, keys in events]
+    if way == "dynamo":
+        calls = [(node, DynamoIndex.event(keys)) for node, keys in events]
+        asked = {kind: [keys.tolist() for keys in chains] for kind, chains in asked.items()}
     gc.collect()
     before = rss()
-    index: Any = {"core": PrefixIndex, "dict": DictIndex, "reference": ReferenceIndex}[way]()
+    index: Any = WAYS[way]()
     apply = index.apply
     started = time.process_time()
-    for node, keys in events:
-        apply(node, keys, Tier.DRAM)
+    for call in calls:
+        apply(*call)
+    index.match(asked["miss"][0])  # until all of it is stored
     store_s = time.process_time() - started
     grown = rss() - before
     match: Callable[[Any], Any] = index.match
@@ -119,7 +155,7 @@ def measure(way: str, workload_name: str, nodes: int, blocks: int, event: int) -
     rows: dict[str, int] = {}
     clock = time.perf_counter
     for kind in KINDS:
-        samples = asked[kind][: SAMPLES if way == "core" else SAMPLES_SLOW]
+        samples = asked[kind][: SAMPLES if way in FAST else SAMPLES_SLOW]
         taken = times[kind] = []
         for keys in samples:
             began = clock()

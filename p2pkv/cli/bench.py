@@ -82,11 +82,16 @@ def idle(quick: Quick = False, json: Json = False, check: Check = False) -> None
 
 
 @app.command()
-def index(quick: Quick = False, json: Json = False, check: Check = False) -> None:
+def index(
+    rival: Annotated[str, typer.Option(help="dynamo: beside its radix tree too (pip install ai-dynamo-runtime).")] = "",
+    quick: Quick = False,
+    json: Json = False,
+    check: Check = False,
+) -> None:
     """The prefix index: lookups, stores and memory of a hundred nodes, beside a dict and the reference."""
     from p2pkv.bench import index as bench
 
-    finish(bench.run(quick=quick), json=json, check=check)
+    finish(bench.run(quick=quick, rival=rival), json=json, check=check)
 
 
 @app.command()

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DYNAMO_SEED", "VLLM_ALGORITHMS", "VLLM_DEFAULT_SEED", "DynamoHashes", "LoraAdapter", "MultiModalSpan",
     "VllmHasher", "coarser", "dynamo_hashes", "entries_checksum", "entry_checksum", "index_hash", "index_key",
-    "index_keys", "mix64", "namespace_salt", "pack_keys", "sglang_event_hash", "sglang_page_hashes", "token_chain",
-    "unpack_keys", "vllm_event_hash",
+    "index_keys", "mix64", "mooncake_hashes", "namespace_salt", "pack_keys", "parse_hashes", "salted",
+    "sglang_event_hash", "sglang_page_hashes", "token_chain", "unpack_keys", "vllm_event_hash",
 ]  # fmt: skip
 
 KEY_BYTES: Final = 8
@@ -61,6 +61,25 @@ def index_keys(namespace: int, hashes: Sequence[bytes]) -> bytes:
         return _core.index_keys(namespace, hashes)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
+
+
+def parse_hashes(hashes: Sequence[str | int]) -> bytes:
+    """Packed hashes, 8 bytes each, of what people write: hexadecimal (8 to 64 bytes), or unsigned 64-bit integers.
+
+    Raises:
+        InvalidArgument: naming the first that is neither.
+    """
+    try:
+        return _core.parse_hashes(hashes)
+    except ValueError as error:
+        raise InvalidArgument(
+            "a hash is neither 8 to 64 bytes in hexadecimal nor an unsigned 64-bit integer", position=int(str(error))
+        ) from error
+
+
+def salted(hashes: Buffer, namespace: int) -> bytes:
+    """Packed index keys of packed hashes (see :func:`parse_hashes`) in a namespace."""
+    return _core.salted(hashes, namespace)
 
 
 def pack_keys(keys: Iterable[int]) -> bytes:
@@ -123,6 +142,29 @@ def dynamo_hashes(tokens: Buffer, block_tokens: int, *, seed: int = DYNAMO_SEED)
         raise InvalidArgument("seed must be an unsigned 64-bit integer")
     try:
         return DynamoHashes(*_core.dynamo_hashes(tokens, block_tokens, seed))
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+
+
+def mooncake_hashes(tokens: Buffer, block_tokens: int, *, salt: str = "") -> bytes:
+    """Packed rolling u64 hashes that Mooncake's conductor gives a prompt's full blocks, by its own recipe.
+
+        h_i = XXH64(h_(i-1) || tokens of block i, little-endian u32)        h_(-1) = XXH64(salt)
+
+    ``tests/unit/index/vectors`` holds vectors. Conductors of 2026 use vLLM's recipes instead (:class:`VllmHasher`) and
+    index them as :func:`vllm_event_hash` does.
+
+    Args:
+        tokens: as :func:`token_chain` takes them.
+        salt: the context's additional salt.
+
+    Raises:
+        InvalidArgument: as :func:`token_chain`.
+    """
+    import xxhash
+
+    try:
+        return _core.mooncake_chain(tokens, block_tokens, xxhash.xxh64_intdigest(salt.encode()))
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
 

@@ -35,6 +35,22 @@ constexpr uint64_t kTailBytes = 512 << 10;
 // A large block is read in such parts, so that its reader can begin with it early.
 constexpr uint64_t kPartBytes = 1 << 20;
 constexpr uint64_t kPage = 4096;
+constexpr size_t kPiecesAhead = 8;
+
+// nixl_status_t
+constexpr long kSuccess = 0, kInProgress = 1;
+
+// Of a request that was posted. Throws for any other status: the bindings raise for those that they know.
+bool has_ended(nb::handle status) {
+    const nb::object number = nb::steal(PyNumber_Index(status.ptr()));
+    if (!number.is_valid()) throw nb::python_error();
+    const long value = PyLong_AsLong(number.ptr());
+    if (value != kSuccess && value != kInProgress) {
+        PyErr_SetString(PyExc_ValueError, "NIXL reports an error without a reason");
+        throw nb::python_error();
+    }
+    return value == kSuccess;
+}
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -47,7 +63,11 @@ void InlineReads::add_peer(std::string name, uint64_t base, uint64_t bytes) {
     peers_.insert_or_assign(std::move(name), Peer{base, bytes});
 }
 
-void InlineReads::remove_peer(const std::string& name) { peers_.erase(name); }
+void InlineReads::remove_peer(const std::string& name) {
+    peers_.erase(name);
+    for (const ReadRef& read : active_)
+        if (read->peer == name) release(*read);  // before NIXL forgets the peer
+}
 
 nb::tuple InlineReads::serve(double seconds, int other_fd, bool other_full, int pieces) {
     nb::list handed_over;
@@ -124,60 +144,103 @@ InlineReads::ReadRef InlineReads::parse(uint32_t id, std::string_view body) cons
 }
 
 // The next piece's bytes, at most.
-uint64_t InlineReads::room(const Read& read) const {
-    const uint64_t left = read.total - read.done;
+uint64_t InlineReads::room(const Read& read, const Place& at) {
+    const uint64_t left = read.total - at.done;
     if (left <= kTailBytes) return read.piece_bytes;
-    const uint64_t of_run = read.runs[read.run].length - read.offset;
+    const uint64_t of_run = read.runs[at.run].length - at.offset;
     return std::min({read.piece_bytes, left / 2 / kPage * kPage, of_run > kPartBytes ? kPartBytes : left});
+}
+
+// The piece from `at` on: whole runs, or a part of one that is too long. Returns where it ends.
+InlineReads::Place InlineReads::cut(const Read& read, Place at, nb::list* local, nb::list* remote) const {
+    const uint64_t most = room(read, at);
+    uint64_t length = 0;
+    while (at.run < read.runs.size() && nb::len(*local) < kPieceRunsMax) {
+        const Run& next = read.runs[at.run];
+        const uint64_t take = std::min(next.length - at.offset, most - length);
+        if (take == 0 || (take < next.length - at.offset && length != 0)) break;
+        local->append(nb::make_tuple(next.local + at.offset, take, 0));
+        remote->append(nb::make_tuple(next.remote + at.offset, take, 0));
+        length += take;
+        at.offset += take;
+        if (at.offset < next.length) break;
+        ++at.run;
+        at.offset = 0;
+    }
+    at.done += length;
+    return at;
+}
+
+// Have NIXL make the requests of the next pieces, while what that takes is in the processor's caches: a piece that is read
+// drives it out, and then one request costs as much as eight of these. Why there is none, if there is none.
+nb::object InlineReads::prepare(Read& read) {
+    Place at = read.at;
+    while (at.done < read.total && read.prepared.size() < kPiecesAhead) {
+        nb::list local, remote;
+        const Place end = cut(read, at, &local, &remote);
+        try {
+            nb::object handle = calls_.create(calls_.descriptors(local), calls_.descriptors(remote), read.peer.c_str());
+            read.prepared.push_back({std::move(handle), end});
+        } catch (nb::python_error& raised) {
+            if (read.prepared.empty()) return nb::borrow<nb::object>(raised.value());
+            break;  // it is tried again when it is its turn
+        }
+        at = end;
+    }
+    return nb::none();
+}
+
+// Give back to NIXL whatever it keeps for a read.
+void InlineReads::release(Read& read) {
+    for (Piece& piece : read.prepared) read.used.push_back(std::move(piece.handle));
+    read.prepared.clear();
+    for (const nb::object& handle : read.used) {
+        try {
+            calls_.release(handle);
+        } catch (nb::python_error&) {
+            // there is nothing more that could be done with it
+        }
+    }
+    read.used.clear();
+}
+
+void InlineReads::hand_over(Read& read, nb::object handle, uint64_t length, nb::object error, nb::list* handed_over) {
+    release(read);
+    handed_over->append(
+        nb::make_tuple(read.id, nb::bytes(read.body.data(), read.body.size()), read.at.done, handle, length, error));
 }
 
 // One piece of the read that has waited longest.
 void InlineReads::step(nb::list* handed_over) {
     ReadRef read = std::move(active_.front());
     active_.pop_front();
-    if (now_s() >= read->deadline) return tell_done(*read, kStatusTimeout);
-    if (!peers_.contains(read->peer)) {
-        handed_over->append(nb::make_tuple(read->id, nb::bytes(read->body.data(), read->body.size()), read->done, nb::none(), 0,
-                                           nb::none()));
-        return;
+    if (now_s() >= read->deadline) {
+        tell_done(*read, kStatusTimeout);
+        return release(*read);
     }
-    const uint64_t most = room(*read);
-    nb::list local, remote;
-    uint64_t length = 0;
-    size_t run = read->run;
-    uint64_t offset = read->offset;
-    // Whole runs, or a part of one that is too long.
-    while (run < read->runs.size() && nb::len(local) < kPieceRunsMax) {
-        const Run& next = read->runs[run];
-        const uint64_t take = std::min(next.length - offset, most - length);
-        if (take == 0 || (take < next.length - offset && length != 0)) break;
-        local.append(nb::make_tuple(next.local + offset, take, 0));
-        remote.append(nb::make_tuple(next.remote + offset, take, 0));
-        length += take;
-        offset += take;
-        if (offset < next.length) break;
-        ++run;
-        offset = 0;
+    if (!peers_.contains(read->peer)) return hand_over(*read, nb::none(), 0, nb::none(), handed_over);
+    if (read->prepared.empty()) {
+        nb::object error = prepare(*read);
+        if (read->prepared.empty()) return hand_over(*read, nb::none(), 0, error, handed_over);
     }
-    nb::object handle = nb::none(), error = nb::none();
+    const Piece piece = std::move(read->prepared.front());
+    read->prepared.pop_front();
+    const uint64_t length = piece.end.done - read->at.done;
     bool ended = false;
+    nb::object error = nb::none();
     try {
-        handle = calls_.create(calls_.descriptors(local), calls_.descriptors(remote), read->peer.c_str());
-        ended = nb::cast<bool>(calls_.post(handle));
-        if (ended) calls_.release(handle);
+        ended = has_ended(calls_.post(piece.handle));
     } catch (nb::python_error& raised) {
         error = nb::borrow<nb::object>(raised.value());
     }
-    if (!ended) {
-        handed_over->append(nb::make_tuple(read->id, nb::bytes(read->body.data(), read->body.size()), read->done, handle,
-                                           handle.is_none() ? 0 : length, error));
-        return;
-    }
-    read->run = run;
-    read->offset = offset;
-    read->done += length;
+    if (!ended) return hand_over(*read, piece.handle, length, error, handed_over);
+    read->used.push_back(piece.handle);
+    read->at = piece.end;
     bytes_read_ += length;
-    if (read->done == read->total) return tell_done(*read, kStatusOk);
+    if (read->at.done == read->total) {
+        tell_done(*read, kStatusOk);
+        return release(*read);
+    }
     tell_progress(*read);
     active_.push_back(std::move(read));
 }
@@ -186,7 +249,7 @@ void InlineReads::tell_progress(Read& read) {
     std::string body;
     msgpack::Writer writer(&body);
     writer.array(1);
-    writer.uint(read.done);
+    writer.uint(read.at.done);
     send(frame::make(kProgress, read.id, body));
 }
 
@@ -195,7 +258,7 @@ void InlineReads::tell_done(Read& read, uint64_t status) {
     msgpack::Writer writer(&body);
     writer.array(5);
     writer.uint(status);
-    writer.uint(read.done);
+    writer.uint(read.at.done);
     writer.bin({});  // nothing is left that could still be written
     writer.boolean(true);
     writer.str({});

@@ -23,7 +23,7 @@ namespace p2pkv {
 struct NixlCalls {
     nanobind::object descriptors;  // (list of (address, length, 0)) -> nixlXferDList
     nanobind::object create;       // (local, remote, peer) -> handle
-    nanobind::object post;         // (handle) -> True: it has ended
+    nanobind::object post;         // (handle) -> nixl_status_t
     nanobind::object release;      // (handle)
 };
 
@@ -58,6 +58,16 @@ class InlineReads {
     struct Run {
         uint64_t remote, local, length;
     };
+    struct Place {
+        size_t run = 0;       // to be read next
+        uint64_t offset = 0;  // in it
+        uint64_t done = 0;    // bytes before
+    };
+    // A part of a read that NIXL has been told of.
+    struct Piece {
+        nanobind::object handle;
+        Place end;
+    };
     struct Read {
         uint32_t id;
         std::string body;
@@ -65,16 +75,21 @@ class InlineReads {
         std::vector<Run> runs;
         uint64_t piece_bytes = 0;
         double deadline = 0;
-        uint64_t total = 0, done = 0;
-        size_t run = 0;       // to be read next
-        uint64_t offset = 0;  // in it
+        uint64_t total = 0;
+        Place at;                            // what is before it has landed
+        std::deque<Piece> prepared;          // the pieces behind it, not posted yet
+        std::vector<nanobind::object> used;  // handles of pieces that have landed
     };
     using ReadRef = std::unique_ptr<Read>;
 
     void receive(nanobind::list* handed_over);
     ReadRef parse(uint32_t id, std::string_view body) const;
     void step(nanobind::list* handed_over);
-    uint64_t room(const Read& read) const;
+    static uint64_t room(const Read& read, const Place& at);
+    Place cut(const Read& read, Place at, nanobind::list* local, nanobind::list* remote) const;
+    nanobind::object prepare(Read& read);
+    void release(Read& read);
+    void hand_over(Read& read, nanobind::object handle, uint64_t length, nanobind::object error, nanobind::list* handed_over);
     void tell_progress(Read& read);
     void tell_done(Read& read, uint64_t status);
     void flush();

@@ -197,6 +197,65 @@ nb::bytes index_keys(std::uint64_t namespace_, nb::sequence hashes) {
   return pack(out);
 }
 
+/// First 8 bytes of a hash in hexadecimal (8 to 64 bytes). False: it is none.
+bool key_of_hex(nb::handle text, Key* key) {
+  Py_ssize_t length;
+  const char* at = PyUnicode_AsUTF8AndSize(text.ptr(), &length);
+  if (at == nullptr) {
+    PyErr_Clear();  // half of a surrogate pair
+    return false;
+  }
+  if (length < 16 || length > 128 || length % 2 != 0) return false;
+  const auto digit = [](char c) -> unsigned {
+    if (c >= '0' && c <= '9') return static_cast<unsigned>(c - '0');
+    const char low = static_cast<char>(c | 0x20);
+    return low >= 'a' && low <= 'f' ? static_cast<unsigned>(low - 'a') + 10 : ~0U;
+  };
+  unsigned char bytes[sizeof(Key)];
+  unsigned all = 0;
+  for (Py_ssize_t i = 0; i < length; i += 2) {
+    const unsigned high = digit(at[i]), low = digit(at[i + 1]);
+    all |= high | low;
+    if (i < 16) bytes[i / 2] = static_cast<unsigned char>(high << 4U | low);
+  }
+  std::memcpy(key, bytes, sizeof bytes);
+  return all < 16;
+}
+
+/// Hashes as HTTP callers write them, hexadecimal or as numbers, to packed hashes of 8 bytes.
+nb::bytes parse_hashes(nb::sequence hashes) {
+  std::vector<Key> out;
+  out.reserve(nb::len(hashes));
+  for (nb::handle hash : hashes) {
+    Key key = 0;
+    bool good;
+    if (PyLong_CheckExact(hash.ptr())) {
+      key = PyLong_AsUnsignedLongLong(hash.ptr());
+      good = PyErr_Occurred() == nullptr;
+      PyErr_Clear();
+    } else {
+      good = PyUnicode_Check(hash.ptr()) && key_of_hex(hash, &key);
+    }
+    if (!good) throw std::invalid_argument(std::to_string(out.size()));
+    out.push_back(key);
+  }
+  return pack(out);
+}
+
+nb::bytes salted(nb::handle hashes, std::uint64_t namespace_) {
+  const KeysBuffer buffer(hashes);
+  const std::uint64_t salt = p2pkv::index::mix64(namespace_);
+  std::vector<Key> out(buffer.keys().size());
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = buffer.keys()[i] ^ salt;
+  return pack(out);
+}
+
+template <std::vector<Key> (*kChain)(const Tokens&, std::int64_t, std::uint64_t)>
+nb::bytes chained(nb::handle source, std::int64_t block_tokens, std::uint64_t root) {
+  const TokensBuffer buffer(source);
+  return pack(unlocked([&] { return kChain(buffer.tokens(), block_tokens, root); }));
+}
+
 }  // namespace
 
 namespace {
@@ -279,13 +338,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("lookup", lookup);
 
   m.def("entries_checksum", entries_checksum, "keys"_a, "tier"_a);
-  m.def(
-      "token_chain",
-      [](nb::handle source, std::int64_t block_tokens, std::uint64_t seed) {
-        const TokensBuffer buffer(source);
-        return pack(unlocked([&] { return token_chain(buffer.tokens(), block_tokens, seed); }));
-      },
-      "tokens"_a, "block_tokens"_a, "seed"_a);
+  m.def("token_chain", chained<token_chain>, "tokens"_a, "block_tokens"_a, "seed"_a);
+  m.def("mooncake_chain", chained<p2pkv::index::mooncake_chain>, "tokens"_a, "block_tokens"_a, "root"_a);
   m.def(
       "dynamo_hashes",
       [](nb::handle source, std::int64_t block_tokens, std::uint64_t seed) {
@@ -295,6 +349,8 @@ NB_MODULE(_core, m) {
         return nb::make_tuple(pack(hashes.local), pack(hashes.sequence));
       },
       "tokens"_a, "block_tokens"_a, "seed"_a);
+  m.def("parse_hashes", parse_hashes, "hashes"_a);
+  m.def("salted", salted, "hashes"_a, "namespace"_a);
   m.def("index_keys", index_keys, "namespace"_a, "hashes"_a);
   m.def("mix64", &p2pkv::index::mix64, "x"_a);
 }

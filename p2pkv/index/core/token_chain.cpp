@@ -47,17 +47,27 @@ void for_each_block(const Tokens& tokens, std::int64_t block_tokens, std::size_t
   }
 }
 
+/// h(i) = hash(h(i-1) || tokens of block i), h(-1) = root.
+template <typename Hash>
+std::vector<Key> chain(const Tokens& tokens, std::int64_t block_tokens, Key root, Hash&& hash) {
+  std::vector<Key> out;
+  if (block_tokens > 0) out.reserve(tokens.size / static_cast<std::size_t>(block_tokens));
+  Key parent = root;
+  for_each_block(tokens, block_tokens, sizeof parent, [&](std::vector<unsigned char>& input) {
+    std::memcpy(input.data(), &parent, sizeof parent);
+    out.push_back(parent = hash(input.data(), input.size()));
+  });
+  return out;
+}
+
 }  // namespace
 
 std::vector<Key> token_chain(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed) {
-  std::vector<Key> out;
-  if (block_tokens > 0) out.reserve(tokens.size / static_cast<std::size_t>(block_tokens));
-  Key parent = seed;
-  for_each_block(tokens, block_tokens, sizeof parent, [&](std::vector<unsigned char>& input) {
-    std::memcpy(input.data(), &parent, sizeof parent);
-    out.push_back(parent = XXH3_64bits(input.data(), input.size()));
-  });
-  return out;
+  return chain(tokens, block_tokens, seed, [](const void* data, std::size_t bytes) { return XXH3_64bits(data, bytes); });
+}
+
+std::vector<Key> mooncake_chain(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t root) {
+  return chain(tokens, block_tokens, root, [](const void* data, std::size_t bytes) { return XXH64(data, bytes, 0); });
 }
 
 DynamoHashes dynamo_hashes(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed) {

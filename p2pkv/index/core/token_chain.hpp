@@ -34,4 +34,8 @@ struct DynamoHashes {
 /// `seed` is that of the local hashes; the chain's is fixed. Throws as token_chain does.
 DynamoHashes dynamo_hashes(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t seed);
 
+/// Mooncake's conductor before it took vLLM's recipes over: XXH64(h(i-1) || tokens of block i), h(-1) = `root`. Throws as
+/// token_chain does.
+std::vector<Key> mooncake_chain(const Tokens& tokens, std::int64_t block_tokens, std::uint64_t root);
+
 }  // namespace p2pkv::index

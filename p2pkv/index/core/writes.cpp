@@ -8,7 +8,9 @@ namespace p2pkv::index {
 namespace {
 
 // In which writers give way to readers: one to five microseconds each.
-constexpr std::size_t kKeysPerSlice = 64;
+constexpr std::size_t kKeysPerSlice = 32;
+// A page at a time: one that is half gone already would be emptied into another in the middle of its removal.
+constexpr std::size_t kRemovedPerSlice = kPageKeys;
 constexpr std::size_t kPagesPerSlice = 64;
 // A closed page with at most so many keys is emptied into another one: at 576 bytes a page that bounds what a key costs.
 constexpr int kSparse = 12;
@@ -43,11 +45,13 @@ std::size_t PrefixIndex::apply(std::int64_t node, const Keys& keys, std::int64_t
 }
 
 std::size_t PrefixIndex::apply_locked(std::uint32_t node, const Keys& keys, std::uint32_t tier) {
+  const std::size_t slice = tier == 0 ? kRemovedPerSlice : kKeysPerSlice;
   std::size_t changed = 0;
   for (std::size_t from = 0; from < keys.size();) {
-    const std::size_t end = std::min(from + kKeysPerSlice, keys.size());
+    const std::size_t end = std::min(from + slice, keys.size());
     prepare(tier != 0);
-    for (std::size_t i = from; i < end; ++i) table_.prefetch(keys[i]);
+    // One slice ahead: what this one needs is here by now, so that the lock is not held while memory is waited for.
+    for (std::size_t i = from == 0 ? 0 : end; i < std::min(end + slice, keys.size()); ++i) table_.prefetch(keys[i]);
     const std::lock_guard lock(lock_);
     node_locked(node);
     Walk walk(pages_, table_, keys, from);
@@ -261,7 +265,7 @@ std::size_t PrefixIndex::sweep_locked(std::uint32_t node, Stale&& stale) {
     prepare(false);
     const std::lock_guard lock(lock_);
     const std::size_t before = removed;
-    for (unsigned n = 0; n < kPagesPerSlice && removed - before < kKeysPerSlice && id < pages_.top(); ++n, ++id) {
+    for (unsigned n = 0; n < kPagesPerSlice && removed - before < kRemovedPerSlice && id < pages_.top(); ++n, ++id) {
       if (!pages_.taken(id)) continue;
       const Page& page = pages_[id];
       Mask mask = 0;

@@ -23,6 +23,7 @@ from p2pkv.index.hashing import (
     VllmHasher,
     dynamo_hashes,
     index_keys,
+    mooncake_hashes,
     sglang_event_hash,
     sglang_page_hashes,
     token_chain,
@@ -194,6 +195,24 @@ def test_block_and_sequence_hashes_equal_those_of_dynamo() -> None:
         dynamo_hashes(array("I", [1]), 0)
     with pytest.raises(InvalidArgument):
         dynamo_hashes(array("I", [1]), 1, seed=-1)
+
+
+# --- Mooncake's blocks
+
+MOONCAKE = json.loads((Path(__file__).parent / "vectors" / "mooncake_hashes.json").read_text(encoding="utf-8"))["cases"]
+
+
+@pytest.mark.parametrize("case", MOONCAKE, ids=lambda c: c["name"])
+def test_rolling_hashes_equal_those_of_mooncake(case: dict[str, Any]) -> None:
+    tokens = np.array(case["tokens"], np.int32).view(np.uint32)
+    found = mooncake_hashes(tokens, case["block_tokens"], salt=case["salt"])
+    assert unpack_keys(found).tolist() == case["hashes"]
+
+
+def test_rolling_hashes_refuse_what_is_no_block() -> None:
+    for tokens, block in ((array("I", [1]), 0), (array("i", [-1]), 1)):
+        with pytest.raises(InvalidArgument):
+            mooncake_hashes(tokens, block)
 
 
 # --- our own chain

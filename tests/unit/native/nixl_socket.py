@@ -72,20 +72,21 @@ class Fabric:
         self.made[handle] = transfer
         return handle
 
-    def post(self, handle: int) -> bool:
+    def post(self, handle: int) -> int:
+        """nixl_status_t: 0 for what has ended, 1 for what flies."""
         number = len(self.posted)
         transfer = self.made[handle]
         self.posted.append(transfer)
         if error := self.fail_post.get(number):
             raise error
         if number in self.flies:
-            return False
+            return 1
         for (to, length, _), (at, same, _) in zip(transfer.local, transfer.remote, strict=True):
             assert length == same
             to, at = to - _native.address_of(OURS), at - _native.address_of(THEIRS)
             OURS[to : to + length] = THEIRS[at : at + length]
         self.on_post()
-        return True
+        return 0
 
     def release(self, handle: int) -> None:
         assert handle not in self.released
@@ -135,6 +136,10 @@ class Bench:
 
     def __enter__(self) -> Bench:
         return self
+
+    def kept(self, *handed_over: int | None) -> set[int]:
+        """Handles that NIXL was neither given back nor somebody else has now."""
+        return set(self.fabric.made) - set(self.fabric.released) - set(handed_over)
 
     def __exit__(self, *_: object) -> None:
         for sock in (self.near, self.far, self.other, self.other_far):

@@ -282,6 +282,36 @@ def test_a_read_whose_peer_is_removed_meanwhile_is_handed_over_with_what_has_lan
         assert bench.serve() == [] and isinstance(bench.heard()[-1][1], ReadProgress)
 
 
+def test_what_was_prepared_is_given_back_before_nixl_forgets_the_peer() -> None:
+    with Bench() as bench:
+        bench.ask(body_of([Run(0, 0, 3 * MIB)]))
+        assert bench.serve(pieces=2) == []
+        assert len(bench.fabric.made) > len(bench.fabric.posted) == 2, "requests are made ahead"
+        assert bench.kept()
+        bench.lane.remove_peer(PEER)
+        assert bench.kept() == set()
+
+
+@pytest.mark.parametrize("runs", [1, 2, 300])
+def test_requests_are_made_ahead_and_all_given_back(runs: int) -> None:
+    length = 3 * MIB // runs
+    with Bench() as bench:
+        bench.ask(body_of([Run(i * length, i * length, length) for i in range(runs)]))
+        assert bench.until_done()[-1][1].status == 0
+        assert bench.kept() == set() and len(bench.fabric.made) == len(bench.fabric.posted)
+        assert len(bench.fabric.released) == len(set(bench.fabric.released))
+
+
+def test_a_request_that_cannot_be_made_ahead_is_made_when_it_is_its_turn() -> None:
+    with Bench() as bench:
+        bench.fabric.fail_create[1] = ConnectionError("not now")
+        bench.ask(body_of([Run(0, 0, 3 * MIB)]))
+        assert bench.serve(pieces=1) == []
+        del bench.fabric.fail_create[1]
+        assert bench.until_done()[-1][1].status == 0
+        assert bench.kept() == set()
+
+
 def test_more_reads_at_a_time_than_a_thousand_are_handed_over() -> None:
     body = body_of([Run(0, 0, 3 * MIB)])
     with Bench() as bench:
@@ -307,6 +337,7 @@ def test_a_piece_that_still_flies_is_handed_over_with_its_handle(piece: int) -> 
 
 def check_given_up(bench: Bench, handle: int | None, done: int) -> None:
     """Native code has nothing more to do with the read, and has not told of more than has landed."""
+    assert bench.kept(handle) == set()
     posted = len(bench.fabric.posted)
     assert handle not in bench.fabric.released
     assert bench.serve() == [] and len(bench.fabric.posted) == posted
@@ -349,7 +380,7 @@ def test_a_deadline_that_passes_meanwhile_ends_the_read_with_what_has_landed() -
         bench.fabric.on_post = lambda: until(lambda: time.monotonic_ns() > deadline_ns)
         heard = bench.until_done()
         assert heard == [(ID, ReadProgress(MIB)), (ID, ReadDone(ReadStatus.TIMEOUT, MIB, b"", True, ""))]
-        assert len(bench.fabric.posted) == 1
+        assert len(bench.fabric.posted) == 1 and bench.kept() == set()
 
 
 # ---- the socket

@@ -1,0 +1,206 @@
+"""What the HTTP endpoint takes and gives: one struct per body. They check requests, and they are the OpenAPI schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta, field
+
+TOKENS_MAX: Final = 1 << 21
+HASHES_MAX: Final = 1 << 16
+CANDIDATES_MAX: Final = 1 << 16
+PROMPT_CHARS_MAX: Final = 1 << 23
+
+Token = Annotated[int, Meta(ge=0, lt=1 << 32)]
+Tokens = Annotated[list[Token], Meta(max_length=TOKENS_MAX)]
+Hash = (
+    Annotated[str, Meta(min_length=16, max_length=128, description="Hexadecimal, 8 to 64 bytes.")]
+    | Annotated[int, Meta(ge=0, description="An unsigned 64-bit number: 8 bytes, little-endian.")]
+)
+Hashes = Annotated[list[Hash], Meta(max_length=HASHES_MAX)]
+Name = Annotated[str, Meta(max_length=512)]
+Node = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+Tenant = Annotated[Name | None, Meta(description='Missing or "default": no tenant.')]
+BlockSize = Annotated[
+    Annotated[int, Meta(ge=1, le=1 << 20)] | None, Meta(description="Tokens per hashed block; missing: the layout's.")
+]
+
+
+class _Asked(msgspec.Struct, kw_only=True):
+    model: Annotated[str, Meta(max_length=512, description="Model name as the engines' layouts have it.")]
+    lora_name: Name | None = None
+    tenant_id: Tenant = None
+    block_size: BlockSize = None
+    cache_salt: Name | None = None
+
+
+class QueryByTokens(_Asked, kw_only=True):
+    """The conductor's ``POST /query``."""
+
+    token_ids: Tokens
+    instance_id: Annotated[Name | None, Meta(description="Only this node (16 hexadecimal digits).")] = None
+
+
+class QueryByHash(_Asked, kw_only=True):
+    """The conductor's ``POST /query_by_hash``: the engine's own block hashes."""
+
+    seq_hashes: Hashes
+    instance_id: Annotated[Name | None, Meta(description="Only this node (16 hexadecimal digits).")] = None
+
+
+class Score(_Asked, kw_only=True):
+    """``POST /v1/score``: a prompt, as token ids or as block hashes (one of the two), and who could serve it."""
+
+    token_ids: Tokens | None = None
+    hashes: Hashes | None = None
+    candidates: Annotated[
+        Annotated[list[Node], Meta(max_length=CANDIDATES_MAX)] | None,
+        Meta(description="Nodes to be judged; missing: every live one that has such a layout."),
+    ] = None
+
+
+class Lookup(msgspec.Struct, kw_only=True):
+    """``POST /v1/lookup``: a chain of block hashes within one namespace."""
+
+    namespace: Node
+    hashes: Hashes
+
+
+class Problem(msgspec.Struct):
+    """Why a request was refused."""
+
+    error: str
+    hint: str = ""
+
+
+class Readiness(msgspec.Struct):
+    """Whether the agent takes requests."""
+
+    state: Annotated[str, Meta(description="starting, ready or draining")]
+
+
+class ConductorHit(msgspec.Struct):
+    """Tokens of the prefix that one instance holds, and in which kind of memory."""
+
+    longest_matched: int
+    GPU: int
+    DP: dict[str, int]
+    CPU: int
+    DISK: int
+
+
+Conductor = dict[str, dict[str, ConductorHit]]
+"""Tenant -> instance -> hit."""
+
+
+class Tiers(msgspec.Struct):
+    """Blocks in each kind of memory."""
+
+    hbm: int
+    dram: int
+    ssd: int
+    shared: int
+
+
+class LookupRow(msgspec.Struct, kw_only=True):
+    """What one node holds of a chain: ``depth`` blocks from its beginning, ``held`` blocks of all of it."""
+
+    node: Node
+    me: bool = field(name="self")
+    depth: int
+    held: int
+    tiers: Tiers
+    age_ms: Annotated[float | None, Meta(description="Since its word was last heard; null: never.")]
+
+
+class LookupAnswer(msgspec.Struct):
+    """Depths are blocks. ``anywhere``: by the best use of every live holder."""
+
+    namespace: Node
+    blocks: int
+    local: int
+    anywhere: int
+    nodes: list[LookupRow]
+
+
+class Candidate(msgspec.Struct, kw_only=True):
+    """What a node would have to do to serve a prompt.
+
+    ``depth`` blocks of its beginning are there, in these tiers. ``fetch_blocks`` of what is behind them, of
+    ``fetch_bytes``, others hold, without a gap; ``compute_tokens`` nobody holds.
+    """
+
+    node: Node
+    me: bool = field(name="self")
+    namespace: Node
+    blocks: int
+    block_tokens: int
+    depth: int
+    tiers: Tiers
+    fetch_blocks: int
+    fetch_bytes: int
+    compute_tokens: int
+    age_ms: Annotated[float | None, Meta(description="Since its word was last heard; null: never.")]
+
+
+class ScoreAnswer(msgspec.Struct):
+    """Candidates, the one with the least to do first: to compute, then to fetch. ``tokens``: of the prompt."""
+
+    tokens: int
+    candidates: list[Candidate]
+
+
+class Myself(msgspec.Struct):
+    """This node."""
+
+    node: Node
+    epoch: int
+    address: str
+    socket: str
+    transports: list[str]
+    why_no_nixl: str
+    arena_bytes: int
+    live_bytes: int
+    blocks: int
+    engines: list[str]
+
+
+class PeerRow(msgspec.Struct):
+    """A peer, as seen from here."""
+
+    node: Node
+    epoch: int
+    address: str
+    http: str
+    state: str
+    age_ms: float | None
+    rtt_ms: float | None
+    seq: int
+    entries: int
+    transports: list[str]
+    transport: str
+    layout_conflicts: list[str]
+
+
+class Nodes(msgspec.Struct, kw_only=True):
+    """Who is there."""
+
+    me: Myself = field(name="self")
+    peers: list[PeerRow]
+
+
+class NamespaceBlocks(msgspec.Struct):
+    """This node's blocks of one namespace; at most as many hashes as were asked for."""
+
+    namespace: Node
+    layout: dict[str, Any]
+    count: int
+    hashes: list[str]
+
+
+class Blocks(msgspec.Struct):
+    """This node's blocks."""
+
+    node: Node
+    namespaces: list[NamespaceBlocks]
