@@ -9,6 +9,7 @@ MAKEFLAGS += --no-builtin-rules
 
 VENV ?= .venv
 VENV_LOCK ?= .venv-lock
+VENV_FUZZ ?= .venv-fuzz
 VLLM_PYTHON ?= .venv-vllm/bin/python
 CXX := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 JOBS ?= $(shell nproc)
@@ -168,6 +169,15 @@ bench: setup nixl-if-there ## measure everything; BENCHES="fetch" BENCH_ARGS="--
 	done
 	@case "$(BENCH_ARGS)" in *--quick*) ;; *) $(BIN)/python scripts/write_benchmarks.py ;; esac
 
+.PHONY: fuzz-http
+fuzz-http: setup $(VENV_FUZZ)/.stamp ## schemathesis against an agent's HTTP endpoint, in an environment of its own
+	@$(BIN)/python scripts/fuzz_http.py $(VENV_FUZZ)/bin/schemathesis
+
+$(VENV_FUZZ)/.stamp: requirements/schemathesis.txt
+	@PYTHON="$(PYTHON)" scripts/make_venv.sh $(VENV_FUZZ)
+	@$(VENV_FUZZ)/bin/python -m pip install --quiet --no-deps --only-binary :all: -r requirements/schemathesis.txt
+	@touch $@
+
 # ---------------------------------------------------------------------------------------------------------- maintenance
 
 .PHONY: lock
@@ -180,7 +190,7 @@ lock: ## resolve requirements/lock.txt anew from pyproject.toml and requirements
 
 .PHONY: clean
 clean: ## remove what was built, and the environments
-	@rm -rf build dist site results $(VENV) $(VENV_LOCK) .venv-vllm* .mypy_cache .ruff_cache .pytest_cache \
+	@rm -rf build dist site results $(VENV) $(VENV_LOCK) $(VENV_FUZZ) .venv-vllm* .mypy_cache .ruff_cache .pytest_cache \
 	  .hypothesis .import_linter_cache p2pkv/*.so p2pkv/index/*.so
 	@find p2pkv tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 

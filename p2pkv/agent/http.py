@@ -33,6 +33,7 @@ from p2pkv.agent.http_types import (
     Readiness,
     Score,
     ScoreAnswer,
+    complete,
 )
 from p2pkv.errors import ConfigError, InvalidArgument
 from p2pkv.index.hashing import parse_hashes, salted
@@ -98,10 +99,28 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 async def _read(request: Request, kind: type[_Body]) -> _Body:
+    data = await request.body()
     try:
-        return msgspec.json.decode(await request.body(), type=kind)
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+        # In JSON 16.0 is an integer, and some who write it have no other numbers.
+        return await asyncio.to_thread(lambda: msgspec.convert(_integral(msgspec.json.decode(data)), kind))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise _Refused(Problem(f"the body is not what it should be: {error}", "See /openapi.json."), 422) from error
+
+
+def _integral(value: Any) -> Any:
+    """The same with whole numbers for floats that are."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list):
+        return [_integral(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _integral(each) for name, each in value.items()}
+    return value
 
 
 def build_app(agent: Agent) -> FastAPI:
@@ -153,14 +172,14 @@ def build_app(agent: Agent) -> FastAPI:
     @app.post("/v1/score", summary="What each node would have to do for a prompt.", **_described(ScoreAnswer, Score))
     async def score(request: Request) -> Response:
         body = await _read(request, Score)
-        if (body.token_ids is None) == (body.hashes is None):
-            raise InvalidArgument("a prompt is either token_ids or hashes")
-        if body.token_ids is not None:
+        tokens: int | None = None
+        if body.token_ids is not msgspec.UNSET and body.hashes is msgspec.UNSET:
             asked = await _hashed(agent, body, body.token_ids)
             tokens = len(body.token_ids)
+        elif body.hashes is not msgspec.UNSET and body.token_ids is msgspec.UNSET:
+            asked = _salted(agent, body, body.hashes)
         else:
-            asked = _salted(agent, body, body.hashes or [])
-            tokens = None
+            raise InvalidArgument("a prompt is either token_ids or hashes")
         return _json(query.score(agent, asked, tokens=tokens, candidates=body.candidates))
 
     @app.post(
@@ -186,7 +205,9 @@ def build_app(agent: Agent) -> FastAPI:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            generated().setdefault("components", {}).setdefault("schemas", {}).update(_COMPONENTS)
+            schemas = generated().setdefault("components", {}).setdefault("schemas", {})
+            schemas.update(_COMPONENTS)
+            complete(schemas)
         assert app.openapi_schema is not None
         return app.openapi_schema
 

@@ -10,15 +10,17 @@ from msgspec import Meta, field
 TOKENS_MAX: Final = 1 << 21
 HASHES_MAX: Final = 1 << 16
 CANDIDATES_MAX: Final = 1 << 16
-PROMPT_CHARS_MAX: Final = 1 << 23
 
 Token = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Tokens = Annotated[list[Token], Meta(max_length=TOKENS_MAX)]
-Hash = (
-    Annotated[str, Meta(min_length=16, max_length=128, description="Hexadecimal, 8 to 64 bytes.")]
-    | Annotated[int, Meta(ge=0, description="An unsigned 64-bit number: 8 bytes, little-endian.")]
-)
-Hashes = Annotated[list[Hash], Meta(max_length=HASHES_MAX)]
+# What a hash must be is only described (see `complete`): p2pkv.index.hashing.parse_hashes checks it, faster than a pattern.
+_HASH: Final = {
+    "anyOf": [
+        {"type": "string", "pattern": "^([0-9a-fA-F]{2}){8,64}$", "description": "8 to 64 bytes in hexadecimal."},
+        {"type": "integer", "minimum": 0, "maximum": (1 << 64) - 1, "description": "8 bytes, little-endian."},
+    ]
+}
+Hashes = Annotated[list[str | int], Meta(max_length=HASHES_MAX)]
 Name = Annotated[str, Meta(max_length=512)]
 Node = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 Tenant = Annotated[Name | None, Meta(description='Missing or "default": no tenant.')]
@@ -52,8 +54,8 @@ class QueryByHash(_Asked, kw_only=True):
 class Score(_Asked, kw_only=True):
     """``POST /v1/score``: a prompt, as token ids or as block hashes (one of the two), and who could serve it."""
 
-    token_ids: Tokens | None = None
-    hashes: Hashes | None = None
+    token_ids: Tokens | msgspec.UnsetType = msgspec.UNSET
+    hashes: Hashes | msgspec.UnsetType = msgspec.UNSET
     candidates: Annotated[
         Annotated[list[Node], Meta(max_length=CANDIDATES_MAX)] | None,
         Meta(description="Nodes to be judged; missing: every live one that has such a layout."),
@@ -204,3 +206,10 @@ class Blocks(msgspec.Struct):
 
     node: Node
     namespaces: list[NamespaceBlocks]
+
+
+def complete(schemas: dict[str, Any]) -> None:
+    """Add to the structs' JSON schemas, by name, what annotations cannot say."""
+    for name, hashes in (("QueryByHash", "seq_hashes"), ("Score", "hashes"), ("Lookup", "hashes")):
+        schemas[name]["properties"][hashes]["items"] = _HASH
+    schemas["Score"]["oneOf"] = [{"required": ["token_ids"]}, {"required": ["hashes"]}]
