@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs schemathesis against an agent's HTTP endpoint, by the agent's own OpenAPI description. Exit code 0: it finds nothing.
+"""Runs schemathesis against an agent's HTTP endpoint, by the agent's own description. Exit code 0: it finds nothing.
 
     scripts/fuzz_http.py SCHEMATHESIS [EXAMPLES]
 

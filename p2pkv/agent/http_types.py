@@ -13,7 +13,7 @@ CANDIDATES_MAX: Final = 1 << 16
 
 Token = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Tokens = Annotated[list[Token], Meta(max_length=TOKENS_MAX)]
-# What a hash must be is only described (see `complete`): p2pkv.index.hashing.parse_hashes checks it, faster than a pattern.
+# What a hash must be is only described (`complete`): p2pkv.index.hashing.parse_hashes checks it, faster than a pattern.
 _HASH: Final = {
     "anyOf": [
         {"type": "string", "pattern": "^([0-9a-fA-F]{2}){8,64}$", "description": "8 to 64 bytes in hexadecimal."},
