@@ -171,8 +171,12 @@ LAYOUT_IDENTITY: Final = (
 class NodeId(int):
     """A node's 64-bit identity; prints as 16 hexadecimal digits."""
 
+    _text = ""
+
     def __str__(self) -> str:
-        return f"{int(self):016x}"
+        if not self._text:  # once: an answer may name a thousand nodes
+            self._text = f"{int(self):016x}"
+        return self._text
 
 
 def index_hash(block_hash: bytes | memoryview) -> int:

@@ -94,10 +94,11 @@ def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> dict[s
             name, tokens = str(node), depth * block_tokens
             if name in instances and tokens <= instances[name]["longest_matched"]:
                 continue
+            gpu = hbm * block_tokens
             instances[name] = {
                 "longest_matched": tokens,
-                "GPU": hbm * block_tokens,
-                "DP": {"0": hbm * block_tokens},
+                "GPU": gpu,
+                "DP": {"0": gpu},
                 "CPU": dram * block_tokens,
                 "DISK": (ssd + shared) * block_tokens,
             }

@@ -98,3 +98,28 @@ def test_a_prompt_is_tokens_or_hashes_and_not_both(pair: list[AgentProcess]) -> 
     for body in ({"model": "m"}, {"model": "m", "token_ids": [1], "hashes": []}):
         status, answer = pair[0].http("/v1/score", body=json.dumps(body).encode())
         assert status == 400 and "either" in json.loads(answer)["error"]
+
+
+def test_what_the_framework_answers_is_what_is_answered_without_it(pair: list[AgentProcess]) -> None:
+    """A whole number that is written as a fraction is one, and sees the application's own route."""
+    keys = [key.hex() for key in stored(pair, "ways", range(2), range(3))]
+    short = pair[0].http("/query_by_hash", body=json.dumps({"model": "ways", "seq_hashes": keys}).encode())
+    body = {"model": "ways", "seq_hashes": keys, "block_size": 16.0}
+    assert pair[0].http("/query_by_hash", body=json.dumps(body).encode()) == short
+    assert short[0] == 200 and len(json.loads(short[1])["default"]) == 2
+
+
+def test_the_description_names_every_question(pair: list[AgentProcess]) -> None:
+    status, answer = pair[0].http("/openapi.json")
+    described = json.loads(answer)
+    assert status == 200
+    assert {"/v1/score", "/v1/lookup", "/query", "/query_by_hash", "/v1/nodes", "/v1/blocks"} <= set(described["paths"])
+    missing = [ref for ref in refs_of(described) if ref.rpartition("/")[2] not in described["components"]["schemas"]]
+    assert missing == []
+
+
+def refs_of(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        own = [value["$ref"]] if "$ref" in value else []
+        return own + [ref for each in value.values() for ref in refs_of(each)]
+    return [ref for each in value for ref in refs_of(each)] if isinstance(value, list) else []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
+from p2pkv.bench import http_client, index_beside, index_dump
 from p2pkv.bench import index as bench
-from p2pkv.bench import index_beside
+from p2pkv.bench.child import Child
 from p2pkv.bench.index_child import KINDS, DictIndex, measure
+from p2pkv.bench.index_http import Served
 from p2pkv.bench.index_workloads import CHAIN, WORKLOADS, cut, make, queries
+from p2pkv.errors import InvalidArgument
 from p2pkv.index.prefix import PrefixIndex
 from p2pkv.index.reference import ReferenceIndex
 from p2pkv.types import Tier
@@ -47,6 +51,28 @@ def test_lookups_beside_a_writer_are_right_and_the_writer_wrote() -> None:
     assert found.wrong == 0
     assert [len(times) for times in (found.idle, found.writer, found.growth)] == [500] * 3
     assert min(found.rates.values()) > 0
+
+
+def test_what_is_served_over_http_is_what_the_reference_says() -> None:
+    with Child("index_http", "5", "3") as child:
+        served = msgspec.json.decode(child.line(), type=Served)
+        asked = [http_client.post("/query_by_hash", body.encode()) for body in served.bodies]
+        taken, answers = http_client.one_by_one(served.port, asked, 7)
+        assert http_client.at_once(served.port, asked, 2, 0.1) > 0
+    assert len(taken) == 7
+    assert [msgspec.json.decode(answer) for answer in answers] == served.expected
+    assert all(len(each["default"]) == 5 for each in served.expected)
+
+
+def test_a_dump_is_loaded_as_it_was() -> None:
+    found = index_dump.measure(10_000, 4)
+    assert (found.entries, found.same) == (10_000, True)
+    assert found.file_bytes > 80_000
+
+
+def test_a_rival_that_is_not_there_is_named() -> None:
+    with pytest.raises(InvalidArgument, match="unknown rival"):
+        bench.run(rival="nobody")
 
 
 def test_claims_are_of_the_core_only_and_not_ok_where_nothing_was_measured() -> None:
