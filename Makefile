@@ -173,6 +173,10 @@ bench: setup nixl-if-there ## measure everything; BENCHES="fetch" BENCH_ARGS="--
 fuzz-http: setup $(VENV_FUZZ)/.stamp ## schemathesis against an agent's HTTP endpoint, in an environment of its own
 	@$(BIN)/python scripts/fuzz_http.py $(VENV_FUZZ)/bin/schemathesis
 
+.PHONY: fuzz-index
+fuzz-index: ## a minute of libFuzzer on the index's core (needs clang++)
+	@scripts/fuzz_index.sh
+
 $(VENV_FUZZ)/.stamp: requirements/schemathesis.txt
 	@PYTHON="$(PYTHON)" scripts/make_venv.sh $(VENV_FUZZ)
 	@$(VENV_FUZZ)/bin/python -m pip install --quiet --no-deps --only-binary :all: -r requirements/schemathesis.txt
