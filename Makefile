@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # What is neither engine, nor cluster, nor needs a right or a wheel that a machine may lack.
-UNIT := not e2e and not cluster and not nixl and not root
+UNIT := not e2e and not cluster and not nixl and not root and not deep
 
 # The directories too: a file that is added or removed changes them.
 NATIVE_SOURCES := CMakeLists.txt p2pkv/native p2pkv/index/core \
@@ -99,15 +99,19 @@ define run_pytest
 endef
 
 .PHONY: test
-test: setup nixl-if-there test-unit test-integration ## set up everything and run all tests but the real engines
+test: setup nixl-if-there test-unit test-deep test-integration ## set up everything and run all tests but the real engines
 
 .PHONY: test-unit
 test-unit: setup ## unit tests, in parallel
 	$(call run_pytest,tests/unit -n $(UNIT_JOBS) --dist worksteal -m "$(UNIT)")
 
+.PHONY: test-deep
+test-deep: setup ## models and fuzzed decoders: searches that take seconds each, in parallel
+	$(call run_pytest,tests/unit -n $(UNIT_JOBS) --dist worksteal -m deep)
+
 .PHONY: test-integration
 test-integration: setup ## contract suites and real agents on this host
-	$(call run_pytest,tests/unit -m "not e2e and not ($(UNIT))")
+	$(call run_pytest,tests/unit -m "not e2e and not deep and not ($(UNIT))")
 	$(call run_pytest,tests --ignore=tests/unit --ignore=tests/e2e -m "not e2e" --durations=10)
 
 # The two environments do not depend on each other: built side by side, a first run is shorter by a minute.

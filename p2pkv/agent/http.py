@@ -36,7 +36,7 @@ from p2pkv.agent.http_types import (
     complete,
 )
 from p2pkv.errors import ConfigError, InvalidArgument
-from p2pkv.index.hashing import parse_hashes, salted
+from p2pkv.index.hashing import index_keys, parse_hashes, salted
 from p2pkv.types import Layout
 
 if TYPE_CHECKING:
@@ -235,7 +235,13 @@ async def _hashed(agent: Agent, body: _Prompt, tokens: list[int]) -> list[tuple[
 
     def hashed() -> list[tuple[Layout, bytes]]:
         return [
-            (layout, query.keys_of_tokens(layout, tokens, block_tokens=block_tokens, lora=lora, cache_salt=salt))
+            (
+                layout,
+                index_keys(
+                    layout.namespace,
+                    query.hashes_of_tokens(layout, tokens, block_tokens=block_tokens, lora=lora, cache_salt=salt),
+                ),
+            )
             for layout in layouts
         ]
 

@@ -59,10 +59,10 @@ def select_layouts(
     ]
 
 
-def keys_of_tokens(
+def hashes_of_tokens(
     layout: Layout, tokens: Sequence[int], *, block_tokens: int | None, lora: str, cache_salt: str
-) -> bytes:
-    """Packed index keys of the block hashes that engines of this layout give these tokens.
+) -> list[bytes]:
+    """The block hashes that engines of this layout give these tokens.
 
     Raises:
         InvalidArgument: this agent does not know the layout's hash algorithm.
@@ -77,7 +77,7 @@ def keys_of_tokens(
     hasher = VllmHasher(layout.hash_algo, none_hash=none_hash)
     adapter = LoraAdapter(lora, "") if lora else None
     fine = hasher.block_hashes(tokens, hashed, lora=adapter, cache_salt=cache_salt or None)
-    return index_keys(layout.namespace, coarser(fine, layout.block_tokens // hashed))
+    return coarser(fine, layout.block_tokens // hashed)
 
 
 def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,8 @@ from p2pkv.wire.frame import BODY_BYTES_MAX, Frame, FrameDecoder
 from p2pkv.wire.frame import encode as encode_frame
 from p2pkv.wire.limits import KEYS_MAX
 
+pytestmark = pytest.mark.deep
+
 BLOCK = 512
 SLOTS = 64
 SPACE = 1 << 60

@@ -17,6 +17,8 @@ from p2pkv.wire.engine_types import EngineType
 from p2pkv.wire.frame import BODY_BYTES_MAX, HEADER_BYTES, Frame, FrameDecoder
 from p2pkv.wire.limits import ERROR_FIELDS_MAX, KEYS_MAX, NAME_CHARS_MAX, NODES_MAX, TEXT_CHARS_MAX
 
+pytestmark = pytest.mark.deep
+
 U32_MAX, U64_MAX = (1 << 32) - 1, (1 << 64) - 1
 LAYOUT = Layout(model="m", revision="r", kv_dtype="bf16", block_tokens=16, block_bytes=1 << 20)
 

@@ -6,6 +6,7 @@ Invariant 2 of the design: a replica's view of an owner at (epoch, seq) equals t
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -16,6 +17,8 @@ from p2pkv.index.prefix import Index, PrefixIndex
 from p2pkv.index.reference import ReferenceIndex
 from p2pkv.types import MASK64, Tier
 from p2pkv.wire.peer import Delta, Snapshot
+
+pytestmark = pytest.mark.deep
 
 SLOT = 1
 KEYS = st.lists(st.sampled_from([0, MASK64, *range(1, 20)]), max_size=8)

@@ -15,6 +15,8 @@ from p2pkv.index.prefix import Index, PrefixIndex
 from p2pkv.index.reference import ReferenceIndex
 from p2pkv.types import MASK64, Tier
 
+pytestmark = pytest.mark.deep
+
 NODES = st.sampled_from([0, 1, 2, 3, 4, 5, 255, 65_535])
 # Few keys, so that nodes meet; the two that a careless table would use as markers among them.
 KEY_POOL = [0, MASK64, *range(1, 30)]

@@ -27,6 +27,8 @@ from tests.unit.native.nixl_socket import (
 )
 from tests.unit.native.serving import until
 
+pytestmark = pytest.mark.deep
+
 KIB, MIB = 1 << 10, 1 << 20
 DONE = ReadDone(ReadStatus.OK, 0, b"", True, "")
 pack = msgspec.msgpack.encode

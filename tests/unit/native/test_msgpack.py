@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from p2pkv._native import Shape, pack
 
+pytestmark = pytest.mark.deep
+
 U64_MAX = (1 << 64) - 1
 encode, decode = msgspec.msgpack.encode, msgspec.msgpack.decode
 

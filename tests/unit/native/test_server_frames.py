@@ -16,6 +16,8 @@ from p2pkv.wire.frame import HEADER, FrameDecoder
 from p2pkv.wire.peer import CODEC, Get, PeerType, Release
 from tests.unit.native.serving import NODE, Owner, Reader, layout_of, until
 
+pytestmark = pytest.mark.deep
+
 LAYOUT = layout_of(4096)
 SPACE = LAYOUT.namespace
 KEY = bytes(range(16))

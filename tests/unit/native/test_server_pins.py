@@ -22,6 +22,8 @@ from p2pkv.wire.frame import HEADER, HEADER_BYTES, Frame, FrameDecoder
 from p2pkv.wire.peer import CODEC, Get, PeerError, PeerType, Pin, Release
 from tests.unit.native.serving import BLOCK, NODE, Owner, Reader, layout_of, until
 
+pytestmark = pytest.mark.deep
+
 LAYOUT = layout_of()
 SPACE = LAYOUT.namespace
 ENDPOINT = "a1:7:3"

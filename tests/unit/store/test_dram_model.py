@@ -30,6 +30,8 @@ from p2pkv.store.slots import SlotAllocator, slot_bytes_for
 from p2pkv.types import Layout, Status, Tier, index_key
 from tests.unit.store.twin import Different, Twin
 
+pytestmark = pytest.mark.deep
+
 PAGE = 4096
 EXTENT = 4 * PAGE
 EXTENTS = 6

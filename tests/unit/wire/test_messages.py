@@ -17,6 +17,8 @@ from p2pkv.wire.fields import Extent
 from p2pkv.wire.frame import BODY_BYTES_MAX, HEADER_BYTES, Frame, FrameDecoder
 from p2pkv.wire.limits import KEYS_MAX
 
+pytestmark = pytest.mark.deep
+
 CODECS = {"peer": peer.CODEC, "engine": engine.CODEC}
 
 names = st.text(max_size=40)
