@@ -30,7 +30,14 @@ from p2pkv.client.messages import (
     UnmapRegion,
     decode,
 )
-from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument, P2PKVError, Unavailable
+from p2pkv.errors import (
+    AgentUnavailable,
+    DeadlineExceeded,
+    InvalidArgument,
+    P2PKVError,
+    RemoteProtocolError,
+    Unavailable,
+)
 from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
 from p2pkv.wire.engine_types import EngineType, Source
 from p2pkv.wire.frame import Frame
@@ -156,6 +163,7 @@ class Cache:
         _check_keys(keys, buffers)
         block_bytes = self.layout.block_bytes
         views = [_bytes_view(buffer, block_bytes, writable=True) for buffer in buffers]
+        deadline_ms = max(0, int(deadline_ms))
         deadline = time.monotonic() + deadline_ms / 1000
         try:
             connection = self._client.connection(deadline)
@@ -164,12 +172,17 @@ class Cache:
         except Unavailable:
             return bytes([Status.LOST]) * len(keys)
         end, statuses, detail = connection.gets.get(self.namespace, keys, views, block_bytes, deadline_ms, deadline)
-        if end == End.BROKEN:
-            connection.close("its socket for gets has ended")  # one does not come without the other
+        if end == End.BROKEN:  # one does not come without the other
+            connection.close(f"its socket for gets has ended: {detail.decode(errors='replace')}")
         if end == End.REFUSED:
-            error = decode(Frame(EngineType.ERROR, 1, 0, detail))
-            assert isinstance(error, EngineError)
-            if isinstance(reason := to_error(error), Unavailable):
+            try:
+                error = decode(Frame(EngineType.ERROR, 1, 0, detail))
+                assert isinstance(error, EngineError)
+                reason = to_error(error)
+            except RemoteProtocolError as malformed:
+                connection.close(str(malformed))
+                reason = AgentUnavailable(malformed.message)
+            if isinstance(reason, Unavailable):
                 return bytes(status if status == Status.OK else Status.LOST for status in statuses)
             raise reason
         if end == End.NONSENSE:

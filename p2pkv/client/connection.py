@@ -33,13 +33,13 @@ class Connection(Channel):
             raise
         try:
             self.arena = memoryview(_native.Mapping(descriptors[0], self.ready.arena_bytes, False))
+            self.gets = _native.Gets(descriptors[1], self.arena)
         except BaseException:
             sock.close()
             os.close(descriptors[1])
             raise
         finally:
             os.close(descriptors[0])
-        self.gets = _native.Gets(descriptors[1], self.arena)
         super().__init__(sock)
 
     def _break(self, reason: str) -> None:
@@ -64,6 +64,8 @@ def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tu
             for frame in decoder.feed(data):
                 answer = decode(frame)
                 if isinstance(answer, Ready) and len(descriptors) == 2:
+                    for descriptor in descriptors:
+                        os.set_inheritable(descriptor, False)
                     given, descriptors = descriptors, []
                     return answer, given
                 reason = answer.message if isinstance(answer, EngineError) else type(answer).__name__

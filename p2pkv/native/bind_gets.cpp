@@ -18,7 +18,11 @@ namespace {
 
 // A socket's gets, and the arena that they are copied from, held for as long.
 struct HeldGets {
-    HeldGets(int fd, nb::handle arena) : memory(arena, false), gets(fd, memory.data(), memory.size()) {}
+    HeldGets(int fd, nb::handle arena)
+        : main_thread(nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"))),
+          memory(arena, false),
+          gets(fd, memory.data(), memory.size()) {}
+    const unsigned long main_thread;  // where Python handles signals: no other thread need ask, or take the GIL for that
     Buffer memory;
     Gets gets;
 };
@@ -27,6 +31,8 @@ bool signalled() {
     nb::gil_scoped_acquire acquire;
     return PyErr_CheckSignals() != 0;
 }
+
+bool never() { return false; }
 
 nb::tuple get(HeldGets& self, uint64_t space, nb::sequence keys, nb::sequence buffers, uint64_t block_bytes, uint64_t deadline_ms,
               double deadline) {
@@ -47,8 +53,9 @@ nb::tuple get(HeldGets& self, uint64_t space, nb::sequence keys, nb::sequence bu
     if (ask.keys.size() != ask.buffers.size()) throw nb::value_error("get: as many keys as buffers are needed");
     Gets::Result result;
     {
+        const bool here = PyThread_get_thread_ident() == self.main_thread;
         nb::gil_scoped_release release;
-        result = self.gets.get(ask, signalled);
+        result = self.gets.get(ask, here ? signalled : never);
     }
     if (result.end == Gets::End::interrupted) throw nb::python_error();
     return nb::make_tuple(static_cast<int>(result.end),

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "frame.hpp"
@@ -66,7 +67,11 @@ class Gets::Turn {
             std::lock_guard lock(gets_.mutex_);
             gets_.inboxes_.erase(id);
         }
-        gets_.discard(*inbox_);
+        try {
+            gets_.discard(*inbox_);
+        } catch (const std::bad_alloc&) {
+            // leases expire by themselves
+        }
     }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
@@ -108,7 +113,7 @@ Gets::Result Gets::get(const Ask& ask, const std::function<bool()>& interrupted)
     const double asked_at = now_s();
     const auto end = [&](End how, std::string detail = {}) {
         out.end = how;
-        out.detail = std::move(detail);
+        out.detail = how == End::broken ? broken().value_or("") : std::move(detail);
         if (how == End::broken || how == End::busy)
             std::replace_if(out.statuses.begin(), out.statuses.end(), [](auto status) { return status != kOk; }, kLost);
         return std::move(out);
@@ -124,7 +129,8 @@ Gets::Result Gets::get(const Ask& ask, const std::function<bool()>& interrupted)
     for (const std::string_view key : ask.keys) writer.bin(key);
     writer.uint(ask.deadline_ms);
     writer.uint(current_processor());
-    if (const End sent = send(frame::make(kGet, turn.id, body), ask.deadline); sent != End::done) return end(sent);
+    const End sent = send(frame::make(kGet, turn.id, body), ask.deadline, interrupted);
+    if (sent != End::done) return end(sent);
 
     std::vector<Copied> copied(ask.keys.size());
     while (true) {
@@ -259,6 +265,7 @@ Gets::End Gets::begin(Parts* inbox, uint32_t* id) {
 
 // Wait for the next part of an answer.
 Gets::End Gets::next(Parts* inbox, double deadline, const std::function<bool()>& interrupted, Part* part) {
+    double look_at = now_s() + kSignalsS;
     std::unique_lock lock(mutex_);
     while (true) {
         if (!inbox->empty()) {
@@ -270,26 +277,34 @@ Gets::End Gets::next(Parts* inbox, double deadline, const std::function<bool()>&
         const double left = deadline - now_s();
         if (left <= 0) return End::late;
         bool look = false;  // a signal has come, or may have come just before we slept
+        Parts unwanted;
         if (reading_) {
             const std::chrono::duration<double> most(std::min(left, kSignalsS));
             look = arrived_.wait_for(lock, most) == std::cv_status::timeout;
         } else {
             reading_ = true;
             lock.unlock();
-            look = !read_once(std::min(left, kSignalsS));
+            try {
+                look = !read_once(std::min(left, kSignalsS), &unwanted);
+            } catch (const std::bad_alloc&) {
+                close("out of memory");
+            }
             lock.lock();
             reading_ = false;
             if (inboxes_.size() > 1) arrived_.notify_all();
         }
-        if (!look) continue;
+        look = look || now_s() >= look_at;  // others' answers may come all the time
+        if (!look && unwanted.empty()) continue;
         lock.unlock();
-        if (interrupted()) return End::interrupted;
+        discard(unwanted);
+        if (look && interrupted()) return End::interrupted;
+        if (look) look_at = now_s() + kSignalsS;
         lock.lock();
     }
 }
 
 // As the one who reads: wait for bytes, take them in, hand them out. False: none came.
-bool Gets::read_once(double seconds) {
+bool Gets::read_once(double seconds, Parts* unwanted) {
     static thread_local std::vector<char> buffer(kReceiveBytes);
     if (wait_for(fd_, POLLIN, seconds) <= 0) return false;
     const ssize_t n = recv(fd_, buffer.data(), buffer.size(), MSG_DONTWAIT);
@@ -297,38 +312,39 @@ bool Gets::read_once(double seconds) {
     if (n <= 0) {
         close(n == 0 ? "the agent closed it" : std::strerror(errno));
     } else {
-        dispatch({buffer.data(), static_cast<size_t>(n)});
+        dispatch({buffer.data(), static_cast<size_t>(n)}, unwanted);
     }
     return true;
 }
 
-void Gets::dispatch(std::string_view data) {
-    Parts unwanted;
-    {
-        std::lock_guard lock(mutex_);
-        in_.append(data);
-        size_t at = 0;
-        while (!broken_ && in_.size() - at >= frame::kHeaderBytes) {
-            const frame::Header header = frame::parse(in_.data() + at);
-            if (header.version != frame::kVersion || header.length > kBodyBytesMax ||
-                (header.type != kGot && header.type != kAhead && header.type != kError)) {
-                fail("what the agent says is no answer to a get");
-                break;
-            }
-            if (in_.size() - at - frame::kHeaderBytes < header.length) break;
-            Part part{header.type, in_.substr(at + frame::kHeaderBytes, header.length)};
-            at += frame::kHeaderBytes + header.length;
-            const auto inbox = inboxes_.find(header.request_id);
-            (inbox == inboxes_.end() ? unwanted : *inbox->second).push_back(std::move(part));
+// `unwanted`: answers that nobody waits for any more.
+void Gets::dispatch(std::string_view data, Parts* unwanted) {
+    std::lock_guard lock(mutex_);
+    in_.append(data);
+    size_t at = 0;
+    while (!broken_ && in_.size() - at >= frame::kHeaderBytes) {
+        const frame::Header header = frame::parse(in_.data() + at);
+        if (header.version != frame::kVersion || header.length > kBodyBytesMax ||
+            (header.type != kGot && header.type != kAhead && header.type != kError)) {
+            fail("what the agent says is no answer to a get");
+            break;
         }
-        in_.erase(0, at);
+        if (in_.size() - at - frame::kHeaderBytes < header.length) break;
+        Part part{header.type, in_.substr(at + frame::kHeaderBytes, header.length)};
+        at += frame::kHeaderBytes + header.length;
+        const auto inbox = inboxes_.find(header.request_id);
+        (inbox == inboxes_.end() ? *unwanted : *inbox->second).push_back(std::move(part));
     }
-    discard(unwanted);
+    in_.erase(0, at);
 }
 
 // Send a whole frame. One that was sent in part and cannot be finished breaks the connection.
-Gets::End Gets::send(std::string_view frame, double deadline) {
-    std::lock_guard lock(send_mutex_);
+Gets::End Gets::send(std::string_view frame, double deadline, const std::function<bool()>& interrupted) {
+    std::unique_lock lock(send_mutex_, std::defer_lock);
+    while (!lock.try_lock_for(std::chrono::duration<double>(std::clamp(deadline - now_s(), 0.0, kSignalsS)))) {
+        if (now_s() >= deadline) return End::busy;
+        if (interrupted()) return End::interrupted;
+    }
     size_t sent = 0;
     while (sent < frame.size()) {
         const ssize_t n = ::send(fd_, frame.data() + sent, frame.size() - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -342,28 +358,31 @@ Gets::End Gets::send(std::string_view frame, double deadline) {
             close(std::string("send failed: ") + std::strerror(errno));
             return End::broken;
         }
-        const double left = deadline - now_s();
-        if (left > 0 && wait_for(fd_, POLLOUT, left) != 0) continue;
-        if (sent == 0) return End::busy;
+        End why = End::busy;
+        if (const double left = deadline - now_s(); left > 0) {
+            if (wait_for(fd_, POLLOUT, std::min(left, kSignalsS)) > 0 || !interrupted()) continue;
+            why = End::interrupted;
+        }
+        if (sent == 0) return why;
         close("the agent stopped reading in the middle of a request");
-        return End::broken;
+        return why == End::interrupted ? why : End::broken;
     }
     return End::done;
 }
 
-void Gets::release(uint64_t lease) {
+Gets::End Gets::release(uint64_t lease) {
     std::string body;
     msgpack::Writer writer(&body);
     writer.array(1);
     writer.uint(lease);
-    send(frame::make(kRelease, 0, body), now_s() + kReleaseS);
+    return send(frame::make(kRelease, 0, body), now_s() + kReleaseS, [] { return false; });
 }
 
-// Answers that nobody waits for any more: blocks that they hold are given back.
+// Answers that nobody waits for any more: blocks that they hold are given back, unless the agent does not read.
 void Gets::discard(const Parts& parts) {
     for (const Part& part : parts) {
         Got got;
-        if (part.type == kGot && parse(part.body, &got) && got.lease != 0) release(got.lease);
+        if (part.type == kGot && parse(part.body, &got) && got.lease != 0 && release(got.lease) != End::done) return;
     }
 }
 

@@ -30,7 +30,7 @@ class Gets {
     enum class End : int {
         done = 0,
         late = 1,         // no answer, or not all of it, by the deadline
-        broken = 2,       // the socket has ended, or what came on it is no answer (`detail`)
+        broken = 2,       // the socket has ended, or what came on it is no answer (`detail`: why)
         busy = 3,         // too much is unanswered, or the agent does not read: nothing was sent
         refused = 4,      // ERROR (`detail`: its body)
         nonsense = 5,     // an answer to something that nobody asked (`detail`)
@@ -49,7 +49,7 @@ class Gets {
     Gets& operator=(const Gets&) = delete;
 
     // Thread-safe. The buffers are written to by the calling thread only, so never after the return. `interrupted` is asked
-    // after a signal and every kSignalsS: whether to give up.
+    // after a signal and every kSignalsS, without a mutex held: whether to give up.
     Result get(const Ask& ask, const std::function<bool()>& interrupted);
     // Every waiter's get is broken now, and each later one. Thread-safe.
     void close(std::string reason);
@@ -70,11 +70,11 @@ class Gets {
 
     End begin(Parts* inbox, uint32_t* id);
     End next(Parts* inbox, double deadline, const std::function<bool()>& interrupted, Part* part);
-    bool read_once(double seconds);
-    void dispatch(std::string_view data);
+    bool read_once(double seconds, Parts* unwanted);
+    void dispatch(std::string_view data, Parts* unwanted);
     void fail(std::string reason);  // mutex_ is held
-    End send(std::string_view frame, double deadline);
-    void release(uint64_t lease);
+    End send(std::string_view frame, double deadline, const std::function<bool()>& interrupted);
+    End release(uint64_t lease);
     void discard(const Parts& parts);
 
     static bool parse(std::string_view body, Got* got);
@@ -87,7 +87,7 @@ class Gets {
     const int fd_;
     const unsigned char* const arena_;
     const size_t arena_bytes_;
-    std::mutex send_mutex_;
+    std::timed_mutex send_mutex_;
     mutable std::mutex mutex_;  // guards what follows
     std::condition_variable arrived_;
     bool reading_ = false;

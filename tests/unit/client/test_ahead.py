@@ -14,7 +14,9 @@ from p2pkv.client import Layout, Status
 from p2pkv.client.cache import Cache
 from p2pkv.errors import P2PKVError
 from p2pkv.wire.engine import CODEC, Ahead, Got
+from p2pkv.wire.engine_types import EngineType
 from p2pkv.wire.fields import Extent
+from p2pkv.wire.frame import encode
 
 BLOCK = 1024
 LAYOUT = Layout(model="m", revision="r", kv_dtype="float32", block_tokens=16, block_bytes=BLOCK)
@@ -154,3 +156,11 @@ def test_an_answer_that_makes_no_sense_is_an_error_and_copies_nothing(agent: Age
 
 def test_a_miss_may_have_any_extent(agent: Agent) -> None:
     assert agent.get(lambda: agent.say(answer([0], bytes([Status.MISS]), [Extent(1 << 50, 7)]))) == [Status.MISS]
+
+
+def test_an_error_that_is_malformed_is_a_loss_and_ends_the_connection(agent: Agent) -> None:
+    closed: list[str] = []
+    agent.close = closed.append  # type: ignore[method-assign]
+    body = encode(EngineType.ERROR, b"\x91\x01", 1)
+    assert agent.get(lambda: agent.sock.sendall(body)) == [Status.LOST]
+    assert closed and "malformed" in closed[0]

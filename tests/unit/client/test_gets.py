@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -243,7 +243,7 @@ def test_whoever_waits_hears_that_the_agent_has_gone(agent: Agent, threads: Thre
     assert sum(statuses == bytes([Status.OK, Status.LOST]) for _, statuses, _ in ends) == 1
     assert {end for end, _, _ in ends} == {End.BROKEN}
     assert agent.gets.broken == "the agent closed it"
-    assert get(agent, [KEY], [bytearray(BLOCK)]) == (End.BROKEN, bytes([Status.LOST]), b"")
+    assert get(agent, [KEY], [bytearray(BLOCK)]) == (End.BROKEN, bytes([Status.LOST]), b"the agent closed it")
 
 
 def test_closing_wakes_whoever_waits(agent: Agent, threads: ThreadPoolExecutor) -> None:
@@ -281,8 +281,89 @@ def test_a_full_socket_is_busy(agent: Agent) -> None:
     assert ends - {End.LATE} <= {End.BUSY, End.BROKEN}  # broken: where a get went in by half
 
 
+def blocked(agent: Agent, threads: ThreadPoolExecutor, seconds: float) -> Future[Answer]:
+    """A get that is more than the socket takes, of which a part is sent."""
+    sending = threads.submit(get, agent, [bytes(64)] * KEYS_MAX, [bytearray(BLOCK)] * KEYS_MAX, seconds)
+    assert select.select([agent.sock], [], [], LONG_S)[0]
+    return sending
+
+
+def test_whoever_waits_for_another_one_to_send_keeps_its_own_deadline(
+    agent: Agent, threads: ThreadPoolExecutor
+) -> None:
+    sending = blocked(agent, threads, LONG_S)
+    began = time.monotonic()
+    assert get(agent, [KEY], [bytearray(BLOCK)], 0.1)[0] == End.BUSY
+    assert time.monotonic() - began < LONG_S / 3
+    agent.gets.close("enough")
+    assert sending.result()[0] == End.BROKEN
+
+
 class Stop(Exception):
     pass
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """This thread gets signals all the time, whose handler raises Stop in what is done here."""
+    inside, over = threading.Event(), threading.Event()
+    here = threading.get_ident()
+
+    def stop(*_: object) -> None:
+        if inside.is_set():
+            inside.clear()
+            raise Stop
+
+    def knock() -> None:
+        while not over.wait(0.02):
+            signal.pthread_kill(here, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    knocking = threading.Thread(target=knock)
+    knocking.start()
+    try:
+        with pytest.raises(Stop):
+            inside.set()
+            yield
+    finally:
+        inside.clear()
+        over.set()
+        knocking.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_a_signal_handler_that_raises_ends_the_wait_for_a_full_socket(
+    agent: Agent, threads: ThreadPoolExecutor, whose: str
+) -> None:
+    keys = [bytes(64)] * KEYS_MAX if whose == "its own" else [KEY]
+    sending = None if whose == "its own" else blocked(agent, threads, LONG_S)
+    with signals():
+        get(agent, keys, [bytearray(BLOCK)] * len(keys))
+    agent.gets.close("enough")
+    assert sending is None or sending.result()[0] == End.BROKEN
+
+
+def test_a_signal_is_looked_for_while_others_are_answered_all_the_time(
+    agent: Agent, threads: ThreadPoolExecutor
+) -> None:
+    def answer() -> None:
+        with suppress(AssertionError):  # until the engine has gone
+            while True:
+                request_id, heard = agent.hear()
+                if isinstance(heard, Get) and heard.keys[0] != KEY:
+                    agent.say(request_id, got(1))
+
+    def other() -> None:
+        while get(agent, [b"other" * 4], [bytearray(BLOCK)])[0] == End.DONE:
+            pass
+
+    running = [threads.submit(each) for each in (answer, other, other)]
+    with signals():
+        get(agent, [KEY], [bytearray(BLOCK)])
+    agent.gets.close("enough")
+    for each in running:
+        each.result()
 
 
 def test_a_signal_handler_that_raises_ends_the_wait(agent: Agent, threads: ThreadPoolExecutor) -> None:
