@@ -57,7 +57,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "index.dump")
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(owners=OWNERS, taken_at=st.floats(0, 1e12))
 def test_what_was_dumped_comes_back(owners: list[tuple[Word, dict[Tier, list[int]]]], taken_at: float) -> None:
     index, other = ReferenceIndex(), PrefixIndex()
@@ -151,7 +151,7 @@ def test_a_file_that_lies_is_refused_although_its_trailer_fits(
     assert other.count(1) == 0
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=300), sign=st.booleans())
 def test_any_bytes_are_a_dump_or_an_integrity_error(data: bytes, sign: bool) -> None:
     other = PrefixIndex()
