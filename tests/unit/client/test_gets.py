@@ -366,36 +366,18 @@ def test_a_signal_is_looked_for_while_others_are_answered_all_the_time(
         each.result()
 
 
-def test_a_signal_handler_that_raises_ends_the_wait(agent: Agent, threads: ThreadPoolExecutor) -> None:
-    def stop(*_: object) -> None:
-        raise Stop
-
-    before = signal.signal(signal.SIGUSR1, stop)
-    here = threading.get_ident()
-    try:
-        threads.submit(lambda: (agent.asked(), signal.pthread_kill(here, signal.SIGUSR1)))
-        with pytest.raises(Stop):
-            get(agent, [KEY], [bytearray(BLOCK)])
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+def test_a_signal_handler_that_raises_ends_the_wait(agent: Agent) -> None:
+    with signals():
+        get(agent, [KEY], [bytearray(BLOCK)])
 
 
 def test_a_signal_handler_that_raises_ends_the_wait_for_another_thread_too(
     agent: Agent, threads: ThreadPoolExecutor
 ) -> None:
-    def stop(*_: object) -> None:
-        raise Stop
-
     reader, _ = ask(agent, threads)
     reader_id, _ = agent.asked()
-    before = signal.signal(signal.SIGUSR1, stop)
-    here = threading.get_ident()
-    try:
-        threads.submit(lambda: (agent.asked(), signal.pthread_kill(here, signal.SIGUSR1)))
-        with pytest.raises(Stop):
-            get(agent, [KEY], [bytearray(BLOCK)])
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    with signals():
+        get(agent, [KEY], [bytearray(BLOCK)])
     agent.say(reader_id, got(1))
     assert reader.result()[0] == End.DONE
 
