@@ -16,6 +16,7 @@ JOBS ?= $(shell nproc)
 UNIT_JOBS ?= $(shell expr $(JOBS) + 1)  # some of them wait
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+LOCK_ARGS ?= --upgrade
 BENCHES ?= fetch failover stress idle index
 BENCH_ARGS ?=
 
@@ -189,11 +190,11 @@ $(VENV_FUZZ)/.stamp: requirements/schemathesis.txt
 # ---------------------------------------------------------------------------------------------------------- maintenance
 
 .PHONY: lock
-lock: ## resolve requirements/lock.txt anew from pyproject.toml and requirements/build.in
+lock: ## resolve requirements/lock.txt anew from pyproject.toml and requirements/build.in (LOCK_ARGS=: only what is new)
 	@[ -x $(VENV_LOCK)/bin/uv ] || { PYTHON="$(PYTHON)" scripts/make_venv.sh $(VENV_LOCK); \
 	  $(VENV_LOCK)/bin/python -m pip install --quiet uv; }
-	@$(VENV_LOCK)/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
-	  --no-annotate --no-header --extra test --extra dev --extra docs --extra bench \
+	@$(VENV_LOCK)/bin/uv pip compile --quiet --universal --python-version 3.11 $(LOCK_ARGS) --generate-hashes \
+	  --no-annotate --no-header --extra test --extra dev --extra docs --extra bench --extra tokenizers \
 	  pyproject.toml requirements/build.in -o requirements/lock.txt
 
 .PHONY: clean

@@ -77,6 +77,8 @@ class Peer(Section, frozen=True):
     hold_ms: int = 200  # changes of one block within this time are sent as one
     silence_ms: int = 2_500  # nothing heard for this long: the peer's entries are hidden
     purge_s: float = 60.0  # hidden for this long: its entries are dropped
+    remember_s: float = 300.0  # what is known of peers is written to state_dir this often, and answers HTTP questions
+    # after a restart until they are back; 0 = never
     members_max: int = 1_024
     handshake_ms: int = 2_000  # a connection that has not introduced itself by then is closed
     connections_max: int = 8_192  # accepted connections, control and data
@@ -106,6 +108,7 @@ class Http(Section, frozen=True):
     enabled: bool = True
     host: str = "127.0.0.1"  # 0.0.0.0 only if asked for: answers name nodes and blocks
     port: int = 7840  # 0 = any free port
+    tokenizers: tuple[str, ...] = ()  # model=path of its tokenizer.json, for questions about text; needs the extra
 
 
 class Log(Section, frozen=True):
@@ -293,7 +296,7 @@ def _put(tree: dict[str, Any], key: list[str], value: object, source: str) -> No
     dotted = ".".join(key)
     if dotted not in _known_keys():
         raise _unknown(dotted, source)
-    if dotted == "peer.seeds" and isinstance(value, str):
+    if dotted in ("peer.seeds", "http.tokenizers") and isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     node = tree
     for part in key[:-1]:
@@ -315,6 +318,7 @@ def _check_values(config: Config) -> None:
     within("peer.hold_ms", config.peer.hold_ms, 0, 10_000)
     within("peer.silence_ms", config.peer.silence_ms, 3 * config.peer.heartbeat_ms, 600_000)
     within("peer.purge_s", config.peer.purge_s, 1, 86_400)
+    within("peer.remember_s", config.peer.remember_s, 0, 86_400)
     within("peer.members_max", config.peer.members_max, 1, 4_096)
     within("peer.connections_max", config.peer.connections_max, 8, 1_000_000)
     within("peer.handshake_ms", config.peer.handshake_ms, 10, 60_000)

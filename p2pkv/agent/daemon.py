@@ -22,7 +22,9 @@ from p2pkv.agent.identity import Identity
 from p2pkv.agent.ipc import EngineServer
 from p2pkv.agent.lane import EngineLane
 from p2pkv.agent.populate import Populator
+from p2pkv.agent.remembered import FILE, Remembered
 from p2pkv.agent.service import CacheService
+from p2pkv.agent.tokenizers import Tokenizers
 from p2pkv.agent.transports import Transports
 from p2pkv.config import Config, is_loopback, parse_size
 from p2pkv.gossip.driver import PeerNetwork
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("p2pkv.agent")
 
 TICK_S: Final = 1.0
+SAVE_S: Final = 2.0
+"""How long a stopping agent waits for what it knows of others to be on disk."""
 DRAIN_S: Final = 5.0
 """How long a stopping agent waits for leases of peers and jobs of engines before it goes anyway."""
 
@@ -104,6 +108,7 @@ class Agent:
         if config.http.enabled:
             # Takes 0.5 s or more: only where it is wanted, and before anybody counts on this loop to turn.
             from p2pkv.agent.http import HttpServer as http_server
+        self.tokenizers = Tokenizers(config.http.tokenizers if config.http.enabled else ())
         self.identity = self._identity or Identity.load(config.state_dir)
         exits.callback(self.identity.close)
         self.node = int(self.identity.node)
@@ -176,6 +181,8 @@ class Agent:
         exits.push_async_callback(self.service.fetcher.stop)
         exits.push_async_callback(self.transports.stop)
         await self.transports.start()
+        directory = self.identity.directory if config.peer.remember_s else None
+        self.remembered = Remembered(str(directory / FILE) if directory else "", purge_s=config.peer.purge_s)
         self.network.on_data_connection = self.transports.accept
         self.network.on_peer_change = self._on_peer_change
         await self.network.start()
@@ -219,13 +226,20 @@ class Agent:
             exits.push_async_callback(http.stop)
             self.http_port = http.port
         self._tell_card()
-        ticking = asyncio.get_running_loop().create_task(self._tick())
-        exits.callback(ticking.cancel)
+        for work in (self._tick(), self._remember()):
+            exits.callback(asyncio.get_running_loop().create_task(work).cancel)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             self.service.tick()
+            self.remembered.tick()
+
+    async def _remember(self) -> None:
+        await self.remembered.load(self.network.peers)
+        while self.config.peer.remember_s:
+            await asyncio.sleep(self.config.peer.remember_s)
+            await self.remembered.save(self.index, self.network.peers())
 
     def _tell_card(self) -> None:
         """Tell peers what this node keeps and how it can be read now."""
@@ -241,6 +255,7 @@ class Agent:
         self.network.set_card(card)
 
     def _on_peer_change(self, peer: PeerView) -> None:
+        self.remembered.heard(peer)
         if peer.alive:
             self.transports.review(int(peer.node))
         else:
@@ -271,6 +286,8 @@ class Agent:
         self.draining = self.engines.draining = True
         log.info("draining")
         self.lane.drain()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.remembered.save(self.index, self.network.peers()), SAVE_S)
         self.network.leave()
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (self.engines.in_flight or self._leases()):

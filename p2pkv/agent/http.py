@@ -9,18 +9,19 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import msgspec
 import uvicorn
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 import p2pkv
 from p2pkv.agent import metrics, query
+from p2pkv.agent.http_middleware import BodyLimit, Headers, ShortWay
 from p2pkv.agent.http_types import (
     Blocks,
     Conductor,
@@ -33,8 +34,11 @@ from p2pkv.agent.http_types import (
     Readiness,
     Score,
     ScoreAnswer,
+    ScoreCompletions,
+    Scores,
     complete,
 )
+from p2pkv.agent.remembered import Recalled
 from p2pkv.errors import ConfigError, InvalidArgument
 from p2pkv.index.hashing import index_keys, parse_hashes, salted
 from p2pkv.types import Layout
@@ -45,8 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOP_S: Final = 2.0
-BODY_BYTES_MAX: Final = 16 << 20
-"""2 million token ids in JSON."""
 CONCURRENCY_MAX: Final = 256
 BLOCKS_LIMIT_MAX: Final = 10_000
 
@@ -94,8 +96,8 @@ class _Refused(Exception):
         self.response = _json(problem, status)
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 async def _read(request: Request, kind: type[_Body]) -> _Body:
@@ -189,8 +191,8 @@ def build_app(agent: Agent) -> FastAPI:
     )
     async def by_tokens(request: Request) -> Response:
         body = await _read(request, QueryByTokens)
-        asked = await _hashed(agent, body, body.token_ids)
-        return _json(_only(query.query_layouts(agent, asked), body.instance_id))
+        found, age_s = query.query_layouts(agent, await _hashed(agent, body, body.token_ids))
+        return _json(_only(found, body.instance_id), headers=_age(age_s))
 
     @app.post(
         "/query_by_hash",
@@ -198,7 +200,19 @@ def build_app(agent: Agent) -> FastAPI:
         **_described(Conductor, QueryByHash),
     )
     async def by_hash(request: Request) -> Response:
-        return _json(_by_hash(agent, await _read(request, QueryByHash)))
+        found, age_s = _by_hash(agent, await _read(request, QueryByHash))
+        return _json(found, headers=_age(age_s))
+
+    @app.post(
+        "/score_completions",
+        summary="How many blocks of a text's prefix each node holds, weighed by tier (llm-d).",
+        **_described(Scores, ScoreCompletions),
+    )
+    async def score_completions(request: Request) -> Response:
+        body = await _read(request, ScoreCompletions)
+        tokens = await agent.tokenizers.encode(body.model, body.prompt)
+        found = query.weighed(agent, await _hashed(agent, body, tokens))
+        return _json(found)
 
     generated = app.openapi
 
@@ -214,7 +228,7 @@ def build_app(agent: Agent) -> FastAPI:
     return app
 
 
-_Prompt = QueryByTokens | QueryByHash | Score
+_Prompt = QueryByTokens | QueryByHash | Score | ScoreCompletions
 
 
 def _select(agent: Agent, body: _Prompt) -> list[Layout]:
@@ -254,11 +268,28 @@ def _salted(agent: Agent, body: _Prompt, hashes: Sequence[str | int]) -> list[tu
     return [(layout, salted(packed, layout.namespace)) for layout in _select(agent, body)]
 
 
-def _by_hash(agent: Agent, body: QueryByHash) -> dict[str, dict[str, Any]]:
-    return _only(query.query_layouts(agent, _salted(agent, body, body.seq_hashes)), body.instance_id)
+def _by_hash(agent: Agent, body: QueryByHash) -> tuple[query.Conductor, float]:
+    found, age_s = query.query_layouts(agent, _salted(agent, body, body.seq_hashes))
+    return _only(found, body.instance_id), age_s
 
 
-def _only(answer: dict[str, dict[str, Any]], instance: str | None) -> dict[str, dict[str, Any]]:
+def _quick_by_hash(agent: Agent) -> Callable[[bytes], tuple[bytes, Headers]]:
+    """The same for bytes."""
+    decode, encode = msgspec.json.Decoder(QueryByHash).decode, msgspec.json.Encoder().encode
+
+    def answer(body: bytes) -> tuple[bytes, Headers]:
+        found, age_s = _by_hash(agent, decode(body))
+        return encode(found), [(b"age", b"%d" % age_s)] if age_s else []
+
+    return answer
+
+
+def _age(age_s: float) -> dict[str, str]:
+    """HTTP's own word (RFC 9111) for an answer that is not of now."""
+    return {"age": f"{age_s:.0f}"} if age_s else {}
+
+
+def _only(answer: query.Conductor, instance: str | None) -> query.Conductor:
     if instance is None:
         return answer
     return {tenant: {k: v for k, v in found.items() if k == instance} for tenant, found in answer.items()}
@@ -280,9 +311,12 @@ def _nodes(agent: Agent) -> dict[str, Any]:
             "transports": peer.card.transports,
             "transport": agent.transports.pick(int(peer.node)).name,
             "layout_conflicts": list(peer.conflicts),
+            "remembered": False,
         }
         for peer in agent.network.peers()
     ]
+    known = {peer["node"] for peer in peers}
+    peers += [_recalled(recalled) for recalled in agent.remembered if str(recalled.node) not in known]
     return {
         "self": {
             "node": f"{agent.node:016x}",
@@ -297,6 +331,25 @@ def _nodes(agent: Agent) -> dict[str, Any]:
             "engines": [connection.name for connection in agent.engines.connections],
         },
         "peers": peers,
+    }
+
+
+def _recalled(recalled: Recalled) -> dict[str, Any]:
+    card = recalled.card
+    return {
+        "node": str(recalled.node),
+        "epoch": card.epoch,
+        "address": f"{card.address.host}:{card.address.port}",
+        "http": card.http,
+        "state": "unreachable",
+        "age_ms": recalled.age_ms,
+        "rtt_ms": None,
+        "seq": 0,
+        "entries": 0,
+        "transports": card.transports,
+        "transport": "",
+        "layout_conflicts": [],
+        "remembered": True,
     }
 
 
@@ -324,88 +377,6 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _BodyLimit:
-    """ASGI middleware: refuses a body over the limit before it has been read into memory."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        got = 0
-
-        async def limited() -> Any:
-            nonlocal got
-            message = await receive()
-            got += len(message.get("body", b""))
-            if got > BODY_BYTES_MAX:
-                raise _TooLarge
-            return message
-
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        try:
-            if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
-                raise _TooLarge
-            await self._app(scope, limited, send)
-        except _TooLarge:
-            response = JSONResponse({"error": "the body is too large", "hint": f"At most {BODY_BYTES_MAX} bytes."}, 413)
-            await response(scope, receive, send)
-
-
-class _ShortWay:
-    """ASGI middleware: answers the question that routers ask for every request, without the layers of the framework.
-
-    Which are half of what it costs. Whatever cannot be answered like that is the application's, body and all.
-    """
-
-    def __init__(self, app: Any, agent: Agent) -> None:
-        self._app = app
-        self._agent = agent
-        self._decoder = msgspec.json.Decoder(QueryByHash)
-        self._encoder = msgspec.json.Encoder()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] != "/query_by_hash" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        parts, more = [], True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return  # the asker has gone
-            parts.append(message.get("body", b""))
-            more = message.get("more_body", False)
-        body = b"".join(parts)
-        try:
-            answer = self._encoder.encode(_by_hash(self._agent, self._decoder.decode(body)))
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, InvalidArgument):
-            whole = {"type": "http.request", "body": body, "more_body": False}
-            await self._app(scope, _first(whole, receive), send)
-            return
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(answer)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": answer})
-
-
-def _first(message: Any, receive: Any) -> Any:
-    """Receive this, and then what comes."""
-    waiting = [message]
-
-    async def received() -> Any:
-        return waiting.pop() if waiting else await receive()
-
-    return received
-
-
-class _TooLarge(HTTPException):
-    """The body is over the limit. An HTTPException, because FastAPI turns any other into 400 while it reads a body."""
-
-    def __init__(self) -> None:
-        super().__init__(413, "the body is too large")
-
-
 class HttpServer:
     """uvicorn as a task of the daemon."""
 
@@ -413,7 +384,7 @@ class HttpServer:
         settings = agent.config.http
         self._host, self._wanted_port = settings.host, settings.port
         config = uvicorn.Config(
-            _BodyLimit(_ShortWay(build_app(agent), agent)),
+            BodyLimit(ShortWay(build_app(agent), "/query_by_hash", _quick_by_hash(agent))),
             log_config=None,
             access_log=False,
             lifespan="off",

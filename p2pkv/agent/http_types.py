@@ -10,6 +10,7 @@ from msgspec import Meta, field
 TOKENS_MAX: Final = 1 << 21
 HASHES_MAX: Final = 1 << 16
 CANDIDATES_MAX: Final = 1 << 16
+PROMPT_CHARS_MAX: Final = 1 << 23
 
 Token = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Tokens = Annotated[list[Token], Meta(max_length=TOKENS_MAX)]
@@ -27,6 +28,10 @@ Tenant = Annotated[Name | None, Meta(description='Missing or "default": no tenan
 BlockSize = Annotated[
     Annotated[int, Meta(ge=1, le=1 << 20)] | None, Meta(description="Tokens per hashed block; missing: the layout's.")
 ]
+
+
+Age = Annotated[float | None, Meta(description="Since its word was last heard; null: never.")]
+Remembered = Annotated[bool, Meta(description="From before this agent's start, and not heard from since.")]
 
 
 class _Asked(msgspec.Struct, kw_only=True):
@@ -60,6 +65,12 @@ class Score(_Asked, kw_only=True):
         Annotated[list[Node], Meta(max_length=CANDIDATES_MAX)] | None,
         Meta(description="Nodes to be judged; missing: every live one that has such a layout."),
     ] = None
+
+
+class ScoreCompletions(_Asked, kw_only=True):
+    """llm-d's ``POST /score_completions``: a text, of a model whose tokenizer is configured (``http.tokenizers``)."""
+
+    prompt: Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)]
 
 
 class Lookup(msgspec.Struct, kw_only=True):
@@ -96,6 +107,10 @@ Conductor = dict[str, dict[str, ConductorHit]]
 """Tenant -> instance -> hit."""
 
 
+Scores = dict[str, float]
+"""``host:port`` of an agent -> score."""
+
+
 class Tiers(msgspec.Struct):
     """Blocks in each kind of memory."""
 
@@ -113,7 +128,8 @@ class LookupRow(msgspec.Struct, kw_only=True):
     depth: int
     held: int
     tiers: Tiers
-    age_ms: Annotated[float | None, Meta(description="Since its word was last heard; null: never.")]
+    age_ms: Age
+    remembered: Remembered
 
 
 class LookupAnswer(msgspec.Struct):
@@ -143,7 +159,8 @@ class Candidate(msgspec.Struct, kw_only=True):
     fetch_blocks: int
     fetch_bytes: int
     compute_tokens: int
-    age_ms: Annotated[float | None, Meta(description="Since its word was last heard; null: never.")]
+    age_ms: Age
+    remembered: Remembered
 
 
 class ScoreAnswer(msgspec.Struct):
@@ -183,6 +200,7 @@ class PeerRow(msgspec.Struct):
     transports: list[str]
     transport: str
     layout_conflicts: list[str]
+    remembered: Remembered
 
 
 class Nodes(msgspec.Struct, kw_only=True):

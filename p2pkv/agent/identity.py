@@ -29,9 +29,11 @@ class _Saved(msgspec.Struct, forbid_unknown_fields=True):
 class Identity:
     """A node id and an epoch; holds the lock on its directory until closed."""
 
-    def __init__(self, node: NodeId, epoch: int, lock_fd: int = -1) -> None:
+    def __init__(self, node: NodeId, epoch: int, directory: Path | None = None, lock_fd: int = -1) -> None:
         self.node = node
         self.epoch = epoch
+        self.directory = directory
+        """Its own, and locked; None: it leaves no trace."""
         self._lock_fd = lock_fd
 
     @classmethod
@@ -83,7 +85,7 @@ class Identity:
         except ConfigError:
             os.close(lock_fd)
             raise
-        return cls(NodeId(int(saved.node, 16)), saved.epoch, lock_fd)
+        return cls(NodeId(int(saved.node, 16)), saved.epoch, directory, lock_fd)
 
     @staticmethod
     def _next(path: Path) -> _Saved:

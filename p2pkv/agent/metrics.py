@@ -181,6 +181,10 @@ class AgentCollector(Collector):
         index = self._agent.index.stats()
         yield _gauge("p2pkv_index_entries", "(node, block) entries in the index.", index.entries)
         yield _gauge("p2pkv_index_keys", "Blocks in the index.", index.keys)
+        remembered = self._agent.remembered
+        yield _gauge("p2pkv_remembered_nodes", "Nodes known from before the start that are not back.", len(remembered))
+        yield _counter("p2pkv_index_dumps", "Times that what is known of peers was written down.", remembered.saves)
+        yield _counter("p2pkv_index_dump_failures", "Dumps that could not be written or read.", remembered.failures)
         events = CounterMetricFamily(
             "p2pkv_cell_events", "What happened on the connections between agents.", labels=["event"]
         )

@@ -19,16 +19,19 @@ if TYPE_CHECKING:
     from p2pkv.agent.daemon import Agent
 
 DEFAULT_TENANT: Final = "default"
+WEIGHTS: Final = (1.0, 0.8, 0.6, 0.4)
+"""Of a block in HBM, DRAM, SSD, SHARED, in a score: llm-d's for its GPU and CPU tiers, and on in the same steps."""
 _ROWS: Final = struct.Struct("<8I")
 """Of :attr:`p2pkv.index.prefix.Match.packed`."""
 
 
 def known_layouts(agent: Agent) -> list[Layout]:
-    """Layouts of this node and of every live peer, each once."""
+    """Layouts of this node, of every live peer, and of every remembered one, each once."""
     layouts = dict.fromkeys(agent.service.layouts)
     for peer in agent.network.peers():
         if peer.alive:
             layouts.update(dict.fromkeys(peer.card.layouts))
+    layouts.update(dict.fromkeys(agent.remembered.layouts))
     return list(layouts)
 
 
@@ -80,9 +83,17 @@ def hashes_of_tokens(
     return coarser(fine, layout.block_tokens // hashed)
 
 
-def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> dict[str, dict[str, Any]]:
-    """The conductor's answer for chains of packed index keys, each in its layout."""
-    answer: dict[str, dict[str, Any]] = {}
+Conductor = dict[str, dict[str, dict[str, Any]]]
+"""Tenant -> instance -> what it holds."""
+
+
+def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> tuple[Conductor, float]:
+    """The conductor's answer for chains of packed index keys, each in its layout.
+
+    And the age, in seconds, of the oldest word in it that is only remembered; 0 where all of it is current.
+    """
+    answer: Conductor = {}
+    age_ms = 0.0
     node_at = agent.network.slot_node
     for layout, keys in asked:
         instances = answer.setdefault(layout.tenant or DEFAULT_TENANT, {})
@@ -94,15 +105,22 @@ def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> dict[s
             name, tokens = str(node), depth * block_tokens
             if name in instances and tokens <= instances[name]["longest_matched"]:
                 continue
-            gpu = hbm * block_tokens
-            instances[name] = {
-                "longest_matched": tokens,
-                "GPU": gpu,
-                "DP": {"0": gpu},
-                "CPU": dram * block_tokens,
-                "DISK": (ssd + shared) * block_tokens,
-            }
-    return answer
+            instances[name] = _hit(tokens, hbm * block_tokens, dram * block_tokens, (ssd + shared) * block_tokens)
+        for recalled, row in agent.remembered.match(keys):
+            name, tokens = str(recalled.node), row.depth * block_tokens
+            if tokens and (name not in instances or tokens > instances[name]["longest_matched"]):
+                instances[name] = _hit(
+                    tokens,
+                    row.in_tier(Tier.HBM) * block_tokens,
+                    row.in_tier(Tier.DRAM) * block_tokens,
+                    (row.in_tier(Tier.SSD) + row.in_tier(Tier.SHARED)) * block_tokens,
+                )
+                age_ms = max(age_ms, recalled.age_ms)
+    return answer, age_ms / 1e3
+
+
+def _hit(tokens: int, gpu: int, cpu: int, disk: int) -> dict[str, Any]:
+    return {"longest_matched": tokens, "GPU": gpu, "DP": {"0": gpu}, "CPU": cpu, "DISK": disk}
 
 
 def score(
@@ -117,8 +135,9 @@ def score(
     """
     wanted = None if candidates is None else set(candidates)
     mine = str(NodeId(agent.node))
-    having: list[tuple[str, float | None, Iterable[Layout]]] = [(mine, 0.0, agent.service.layouts)]
-    having += [(str(peer.node), peer.age_ms, peer.card.layouts) for peer in agent.network.peers() if peer.alive]
+    having: list[tuple[str, float | None, bool, Iterable[Layout]]] = [(mine, 0.0, False, agent.service.layouts)]
+    having += [(str(peer.node), peer.age_ms, False, peer.card.layouts) for peer in agent.network.peers() if peer.alive]
+    having += [(str(each.node), each.age_ms, True, each.card.layouts) for each in agent.remembered]
     best: dict[str, Candidate] = {}
     longest = 0
     for layout, keys in asked:
@@ -129,7 +148,9 @@ def score(
         for row in agent.index.match(keys[: reach * KEY_BYTES], beyond=True):
             if (node := agent.network.slot_node(row.node)) is not None:
                 rows[str(node)] = row
-        for name, age_ms, layouts in having:
+        # What a remembered node had can be neither pulled by others nor relied on: it counts for that node alone.
+        rows.update((str(recalled.node), row) for recalled, row in agent.remembered.match(keys))
+        for name, age_ms, remembered, layouts in having:
             if (wanted is not None and name not in wanted) or layout not in layouts:
                 continue
             known = rows.get(name)
@@ -142,14 +163,32 @@ def score(
                 block_tokens=layout.block_tokens,
                 depth=depth,
                 tiers=Tiers(*by_tier),
-                fetch_blocks=reach - held,
-                fetch_bytes=(reach - held) * layout.block_bytes,
-                compute_tokens=total - reach * layout.block_tokens,
+                fetch_blocks=max(0, reach - held),
+                fetch_bytes=max(0, reach - held) * layout.block_bytes,
+                compute_tokens=total - max(reach, depth) * layout.block_tokens,
                 age_ms=age_ms,
+                remembered=remembered,
             )
             if name not in best or _work(candidate) < _work(best[name]):
                 best[name] = candidate
     return ScoreAnswer(longest, sorted(best.values(), key=lambda candidate: (*_work(candidate), candidate.node)))
+
+
+def weighed(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> dict[str, float]:
+    """Blocks of the prefix per node's address, each counted by where it lies (:data:`WEIGHTS`), in the best layout."""
+    addresses = {int(peer.node): peer.address for peer in agent.network.peers()}
+    addresses[agent.node] = agent.network.card.address
+    scores: dict[str, float] = {}
+    for _, keys in asked:
+        rows = [(agent.network.slot_node(row.node), row) for row in agent.index.match(keys)]
+        found = [(addresses.get(int(node)), row) for node, row in rows if node is not None]
+        found += [(recalled.card.address, row) for recalled, row in agent.remembered.match(keys)]
+        for address, row in found:
+            if address is not None and row.depth:
+                name = f"{address.host}:{address.port}"
+                value = sum(weight * blocks for weight, blocks in zip(WEIGHTS, row.by_tier, strict=True))
+                scores[name] = max(scores.get(name, 0.0), round(value, 3))
+    return scores
 
 
 def _work(candidate: Candidate) -> tuple[int, int]:
@@ -172,6 +211,19 @@ def lookup(agent: Agent, namespace: int, hashes: Sequence[bytes]) -> dict[str, A
                 "held": row.held,
                 "tiers": {tier.name.lower(): row.in_tier(tier) for tier in Tier if tier is not Tier.GONE},
                 "age_ms": 0.0 if row.node == 0 else ages.get(int(node)),
+                "remembered": False,
+            }
+        )
+    for recalled, row in agent.remembered.match(index_keys(namespace, hashes)):
+        nodes.append(
+            {
+                "node": str(recalled.node),
+                "self": False,
+                "depth": row.depth,
+                "held": row.held,
+                "tiers": {tier.name.lower(): row.in_tier(tier) for tier in Tier if tier is not Tier.GONE},
+                "age_ms": recalled.age_ms,
+                "remembered": True,
             }
         )
     matched = agent.service.match(namespace, hashes, detail=False)

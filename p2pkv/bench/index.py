@@ -34,8 +34,8 @@ EVENTS: Final = (512, 16, 1)
 """Blocks per event. The smallest is asked of one workload only: 3.1 million calls."""
 TOKENS_US: Final = {"hash": 10.0, "hash_and_match": 25.0}
 BESIDE_P99_OVER_IDLE: Final = 2.0
-SAMPLES_BESIDE: Final = 300_000
-SAMPLES_BESIDE_QUICK: Final = 20_000
+SAMPLES_BESIDE: Final = 3_000_000
+SAMPLES_BESIDE_QUICK: Final = 100_000
 CHILD_S: Final = 300.0
 MEMORY_KEYS_MIN: Final = 1_000_000
 """With fewer, what every index has from its start is most of its memory."""

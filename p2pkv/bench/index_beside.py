@@ -5,11 +5,13 @@ In a process of its own. Its one argument is the number of lookups of each case;
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -29,6 +31,9 @@ BATCH: Final = 8 * CHAIN
 """Keys of one call of the writer: what one delta of an ownership log has at most."""
 KEPT: Final = 8
 """Batches that the writer's node has at a time while the index is not to grow."""
+BATCHES: Final = 1_000
+ROUNDS: Final = 10
+"""Of each case, in turn with the others: what the machine does meanwhile meets all of them."""
 
 
 class Beside(msgspec.Struct, frozen=True):
@@ -46,11 +51,15 @@ class Beside(msgspec.Struct, frozen=True):
 
 
 class Writer:
-    """Stores batches at a steady rate, and drops that of ``kept`` batches ago, in a thread of its own."""
+    """Stores batches at a steady rate, and drops that of ``kept`` batches ago, in a thread of its own.
 
-    def __init__(self, index: PrefixIndex, kept: int | None) -> None:
+    The batches are made before, as making them would hold the interpreter's lock for longer than storing them does.
+    """
+
+    def __init__(self, index: PrefixIndex, kept: int | None, batches: Iterator[bytes]) -> None:
         self.entries = 0
         self.held: deque[bytes] = deque()
+        self._batches = batches
         self._index = index
         self._kept = kept
         self._begun = threading.Event()
@@ -59,9 +68,8 @@ class Writer:
         self._started = time.monotonic()
 
     def _run(self) -> None:
-        rng = random.Random(7)
         while not self._over.is_set():
-            self.held.append(rng.randbytes(8 * BATCH))
+            self.held.append(next(self._batches))
             self._index.apply(WRITERS_NODE, self.held[-1], Tier.DRAM)
             self.entries += BATCH
             if self._kept is not None and len(self.held) > self._kept:
@@ -86,25 +94,27 @@ class Writer:
         return self.entries / (time.monotonic() - self._started)
 
 
+def batches_of(seed: int) -> list[bytes]:
+    """Keys for one round's writer, more than it will need."""
+    rng = random.Random(f"writer {seed}")  # not the workload's
+    return [rng.randbytes(8 * BATCH) for _ in range(BATCHES)]
+
+
 def measure(samples: int) -> Beside:
-    """All three cases, of one index each but for the first two."""
+    """All three cases, in turn; one index for the first two, and one that grows for the third."""
     workload = make("disjoint", NODES, BLOCKS)
     asked = [numbers(keys) for keys in queries(workload, "full", 64)]
-    oracle = ReferenceIndex()
-    wrong = 0
-    rates: dict[str, float] = {}
-
-    def fresh() -> PrefixIndex:
-        index = PrefixIndex()
-        for node, keys in workload.events:
+    steady, growing, oracle = PrefixIndex(), PrefixIndex(), ReferenceIndex()
+    for node, keys in workload.events:
+        for index in (steady, growing, oracle):
             index.apply(node, keys, Tier.DRAM)
-        return index
+    expected = [oracle.match(keys) for keys in asked]
+    wrong = 0
 
     def look(index: PrefixIndex) -> list[float]:
         nonlocal wrong
-        expected = [index.match(keys) for keys in asked]
         taken = []
-        for i in range(samples):
+        for i in range(samples // ROUNDS):
             keys = asked[i % len(asked)]
             began = time.perf_counter()
             found = index.match(keys)
@@ -112,21 +122,27 @@ def measure(samples: int) -> Beside:
             wrong += found != expected[i % len(asked)]
         return taken
 
-    index = fresh()
-    idle = look(index)
-    with Writer(index, KEPT) as writer:
-        beside = look(index)
-        rates["writer"] = writer.rate
-    for node, keys in [*workload.events, *((WRITERS_NODE, batch) for batch in writer.held)]:
-        oracle.apply(node, keys, Tier.DRAM)
-    for keys in [*asked, *map(numbers, writer.held)]:
-        wrong += index.match(keys) != oracle.match(keys)
-    wrong += index.checksum(WRITERS_NODE) != oracle.checksum(WRITERS_NODE)
-    growing = fresh()
-    with Writer(growing, None) as writer:
-        growth = look(growing)
-        rates["growth"] = writer.rate
-    return Beside(idle, beside, growth, rates, wrong)
+    idle: list[float] = []
+    beside: list[float] = []
+    growth: list[float] = []
+    rates: dict[str, list[float]] = {"writer": [], "growth": []}
+    for turn in range(ROUNDS):
+        idle += look(steady)
+        with Writer(steady, KEPT, itertools.cycle(batches_of(0))) as writer:
+            beside += look(steady)
+            rates["writer"].append(writer.rate)
+        # A quiescent point: what is there now is what the reference would have.
+        for keys in writer.held:
+            oracle.apply(WRITERS_NODE, keys, Tier.DRAM)
+        for keys in [*asked, *map(numbers, writer.held)]:
+            wrong += steady.match(keys) != oracle.match(keys)
+        wrong += steady.checksum(WRITERS_NODE) != oracle.checksum(WRITERS_NODE)
+        for index in (steady, oracle):
+            index.remove_node(WRITERS_NODE)
+        with Writer(growing, None, iter(batches_of(1 + turn))) as writer:
+            growth += look(growing)
+            rates["growth"].append(writer.rate)
+    return Beside(idle, beside, growth, {case: sum(found) / ROUNDS for case, found in rates.items()}, wrong)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import uvloop
 
 from p2pkv.agent import query
 from p2pkv.agent.http import HttpServer
+from p2pkv.agent.remembered import Remembered
 from p2pkv.bench.child import answer, requests
 from p2pkv.bench.index_workloads import CHAIN
 from p2pkv.config import Http
@@ -45,6 +46,7 @@ def agent_with(index: Any, owners: int) -> Any:
         node=int(names[0]),
         service=SimpleNamespace(layouts=[LAYOUT]),
         network=SimpleNamespace(slot_node=names.get, peers=tuple),
+        remembered=Remembered("", purge_s=0.0),
         config=SimpleNamespace(http=Http(port=0)),
     )
 
@@ -76,7 +78,7 @@ async def serve(owners: int, count: int) -> None:
         ).decode()
         for chain in chains
     ]
-    expected = [query.query_layouts(oracle, [(LAYOUT, salted(chain, LAYOUT.namespace))]) for chain in chains]
+    expected = [query.query_layouts(oracle, [(LAYOUT, salted(chain, LAYOUT.namespace))])[0] for chain in chains]
     answer(msgspec.json.encode(Served(server.port, bodies, expected)).decode())
     await asyncio.to_thread(lambda: list(requests()))
     await server.stop()

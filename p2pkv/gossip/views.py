@@ -33,6 +33,11 @@ class PeerView:
         """Whether its entries are shown."""
         return self.state is State.ALIVE
 
+    @property
+    def left(self) -> bool:
+        """Whether it has said goodbye."""
+        return self.state is State.LEFT
+
     def with_rtt(self, rtt_ms: float) -> PeerView:
         """The same with a better estimate of the round-trip time."""
         return replace(self, rtt_ms=rtt_ms)

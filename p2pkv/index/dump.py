@@ -1,13 +1,15 @@
 """A replica on disk: what a restarted agent or scheduler answers from until it has caught up.
 
     header    "p2pkvidx"   u32 version   u32 owners   f64 taken at, in Unix seconds
-    owner     u64 node   u32 epoch   u32 zero   u64 seq   u64 checksum   f64 proven at, in Unix seconds
-              u64 keys in each of HBM, DRAM, SSD, SHARED, and then these keys, u64 each
+    owner     u64 node   u32 epoch   u32 bytes of its note   u64 seq   f64 proven at, in Unix seconds   the note
+    pages     records as ``core/dump.cpp`` has them; an owner is its number above
+    end       8 zero bytes
     trailer   XXH3-128 of all before it, 16 bytes as xxhash writes them
 
 Little-endian throughout. A file is written beside its place and moved there when it is whole and on disk; it is read
-twice, and counts only if its trailer fits. What it says of an owner is as old as ``proven_at`` tells: the last moment
-at which the replica was known to be the owner's own set (:mod:`p2pkv.index.ownership`).
+twice, and counts only if its trailer fits. The index is walked once, while it is in use, so what an owner changed
+meanwhile may be in it or not: a dump is a hint of what was, about as old as ``proven_at`` tells, and nothing that an
+ownership log could be continued from.
 """
 
 from __future__ import annotations
@@ -20,93 +22,90 @@ from typing import BinaryIO, Final, NamedTuple
 
 import xxhash
 
-from p2pkv.errors import IntegrityError, P2PKVError
-from p2pkv.index.hashing import KEY_BYTES, entries_checksum
-from p2pkv.index.prefix import Index
-from p2pkv.types import Tier
+from p2pkv.errors import IntegrityError, InvalidArgument, P2PKVError
+from p2pkv.index.prefix import NODES_MAX, PrefixIndex
 
 MAGIC: Final = b"p2pkvidx"
 VERSION: Final = 1
-CHUNK_BYTES: Final = 8 << 20
-"""Of keys read and applied at once; a multiple of a key."""
+CHUNK_BYTES: Final = 4 << 20
+"""Written, or read, at once."""
+NOTE_BYTES_MAX: Final = 1 << 20
 
 _HEADER: Final = struct.Struct("<8sIId")
-_OWNER: Final = struct.Struct("<QIIQQd4Q")
+_OWNER: Final = struct.Struct("<QIIQd")
+_END: Final = bytes(8)
 _DIGEST_BYTES: Final = 16
-_TIERS: Final = (Tier.HBM, Tier.DRAM, Tier.SSD, Tier.SHARED)
+_RECORD_BYTES_MAX: Final = 8 + 64 * 8 + NODES_MAX * 4 * 12
 
 
 class Word(NamedTuple):
-    """How far an owner's log had been followed: the set below is its own at (epoch, seq).
+    """How far an owner's log had been followed.
 
-    ``proven_at``: Unix seconds.
+    ``proven_at``: Unix seconds, of the last moment at which the replica was known to be the owner's own set. ``note``:
+    whatever the caller wants to know of it again, at most :data:`NOTE_BYTES_MAX`.
     """
 
     node: int
     epoch: int
     seq: int
     proven_at: float
-
-
-class Loaded(NamedTuple):
-    """One owner of a dump, and how many of its entries are in the index now; 0 where no slot was given."""
-
-    word: Word
-    slot: int | None
-    entries: int
+    note: bytes = b""
 
 
 class Dump(NamedTuple):
-    """What a file held. ``taken_at``: Unix seconds."""
+    """What a file held: each owner, with its slot in the index now, or None. ``taken_at``: Unix seconds."""
 
     taken_at: float
-    owners: list[Loaded]
+    owners: list[tuple[Word, int | None]]
 
 
-def dump(path: str, index: Index, owners: Iterable[tuple[int, Word]], *, taken_at: float) -> int:
-    """Write the entries of these slots; returns how many. What was at ``path`` stays until all of it is on disk.
+def dump(path: str, index: PrefixIndex, owners: Iterable[tuple[int, Word]], *, taken_at: float) -> int:
+    """Write what is in the index under these slots; returns the file's length in bytes.
 
-    Holds one owner's entries at a time, 8 bytes each. A writer of the index may go on meanwhile: each owner's set is
-    that of one moment, and ``word`` has to be of that moment: call it from where the index is written.
+    What was at ``path`` stays until all of it is on disk. Holds :data:`CHUNK_BYTES` at a time; the index may be used
+    and written meanwhile, by other threads. One dump to a path at a time.
 
     Raises:
+        InvalidArgument: a note that is too long, a slot out of range or twice.
         P2PKVError: the file cannot be written; what was there before is there still.
     """
     listed = list(owners)
-    beside = f"{path}.{os.getpid()}.tmp"
-    entries = 0
+    slots = [slot for slot, _ in listed]
+    if any(len(word.note) > NOTE_BYTES_MAX for _, word in listed):
+        raise InvalidArgument("a note is too long", limit=NOTE_BYTES_MAX)
+    beside = f"{path}.tmp"
+    digest = xxhash.xxh3_128()
     try:
         with open(beside, "wb") as file:
-            digest = xxhash.xxh3_128()
 
             def put(data: bytes) -> None:
                 digest.update(data)
                 file.write(data)
 
             put(_HEADER.pack(MAGIC, VERSION, len(listed), taken_at))
-            for slot, word in listed:
-                groups = dict(index.snapshot(slot))
-                counts = [len(groups.get(tier, b"")) // KEY_BYTES for tier in _TIERS]
-                checksum = 0
-                for tier, keys in groups.items():
-                    checksum ^= entries_checksum(keys, tier)
-                put(_OWNER.pack(word.node, word.epoch, 0, word.seq, checksum, word.proven_at, *counts))
-                for tier in _TIERS:
-                    put(groups.get(tier, b""))
-                entries += sum(counts)
+            for _, word in listed:
+                put(_OWNER.pack(word.node, word.epoch, len(word.note), word.seq, word.proven_at) + word.note)
+            piece, start = index.dump_pages(slots, bytes_most=CHUNK_BYTES)
+            put(piece)
+            while start:
+                piece, start = index.dump_pages(slots, start=start, bytes_most=CHUNK_BYTES)
+                put(piece)
+            put(_END)
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
+            size = file.tell()
         os.replace(beside, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
         hint = "Free space there, or set another path."
         raise P2PKVError("the index cannot be dumped", path=path, reason=error.strerror, hint=hint) from error
-    return entries
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+    return size
 
 
-def load(path: str, index: Index, slot_of: Callable[[Word], int | None]) -> Dump:
+def load(path: str, index: PrefixIndex, slot_of: Callable[[Word], int | None]) -> Dump:
     """Put what a file holds into an index: all of it, or after an error nothing.
 
     Args:
@@ -117,68 +116,62 @@ def load(path: str, index: Index, slot_of: Callable[[Word], int | None]) -> Dump
         IntegrityError: the file is damaged, unfinished, or of another version.
         OutOfSpace: it does not fit into the index.
     """
-    used: list[int] = []
+    owners: list[tuple[Word, int | None]] = []
     with open(path, "rb") as file:
         _check_digest(path, file)
-        taken_at, owners = _read_owners(path, file)
         try:
-            loaded = [_load_owner(path, file, index, owner, slot_of(owner.word), used) for owner in owners]
+            taken_at, words = _read_words(path, file)
+            owners += [(word, slot_of(word)) for word in words]
+            _read_pages(path, file, index, [-1 if slot is None else slot for _, slot in owners])
         except BaseException:
-            for slot in used:
-                index.remove_node(slot)
+            for _, slot in owners:
+                if slot is not None:
+                    index.remove_node(slot)
             raise
-    return Dump(taken_at, loaded)
+    return Dump(taken_at, owners)
 
 
-class _Owner(NamedTuple):
-    word: Word
-    checksum: int
-    counts: tuple[int, ...]
-    at: int  # of its keys in the file
-
-    @property
-    def keys_bytes(self) -> int:
-        return sum(self.counts) * KEY_BYTES
-
-
-def _read_owners(path: str, file: BinaryIO) -> tuple[float, list[_Owner]]:
-    """The header, and every owner's; that they fit the file's length exactly."""
+def _read_words(path: str, file: BinaryIO) -> tuple[float, list[Word]]:
     file.seek(0)
-    end = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
     magic, version, count, taken_at = _HEADER.unpack(_exactly(path, file, _HEADER.size))
     if magic != MAGIC or version != VERSION:
         raise IntegrityError("this is no dump of an index that this version reads", path=path, version=version)
-    owners: list[_Owner] = []
-    at = _HEADER.size
+    words = []
     for _ in range(count):
-        file.seek(at)
-        node, epoch, _, seq, checksum, proven_at, *counts = _OWNER.unpack(_exactly(path, file, _OWNER.size))
-        owner = _Owner(Word(node, epoch, seq, proven_at), checksum, tuple(counts), at + _OWNER.size)
-        at = owner.at + owner.keys_bytes
-        if at > end:
-            raise IntegrityError("a dump of the index says that it holds more than it does", path=path)
-        owners.append(owner)
-    if at != end:
-        raise IntegrityError("a dump of the index holds more than it says", path=path)
-    return taken_at, owners
+        node, epoch, note, seq, proven_at = _OWNER.unpack(_exactly(path, file, _OWNER.size))
+        if note > NOTE_BYTES_MAX:
+            raise IntegrityError("a dump of the index has a note that is too long", path=path)
+        words.append(Word(node, epoch, seq, proven_at, _exactly(path, file, note)))
+    return taken_at, words
 
 
-def _load_owner(path: str, file: BinaryIO, index: Index, owner: _Owner, slot: int | None, used: list[int]) -> Loaded:
-    if slot is None:
-        return Loaded(owner.word, None, 0)
-    used.append(slot)
-    file.seek(owner.at)
-    for tier, count in zip(_TIERS, owner.counts, strict=True):
-        for at in range(0, count * KEY_BYTES, CHUNK_BYTES):
-            index.apply(slot, _exactly(path, file, min(CHUNK_BYTES, count * KEY_BYTES - at)), tier)
-    if index.checksum(slot) != owner.checksum:
-        node = f"{owner.word.node:016x}"
-        raise IntegrityError("what a dump says of an owner is not what it was", path=path, node=node)
-    return Loaded(owner.word, slot, index.count(slot))
+def _read_pages(path: str, file: BinaryIO, index: PrefixIndex, slots: list[int]) -> None:
+    left = _length(file) - file.tell()
+    data = b""
+    while left > 0:
+        piece = file.read(min(CHUNK_BYTES, left))
+        left -= len(piece)
+        data += piece
+        try:
+            used = index.load_pages(data, slots)
+        except InvalidArgument as error:
+            raise IntegrityError(
+                "what a dump of the index says makes no sense", path=path, reason=str(error)
+            ) from error
+        data = data[used:]
+        if not piece or len(data) > _RECORD_BYTES_MAX + CHUNK_BYTES or (data[:8] == _END and (left or data != _END)):
+            break
+    if data != _END or left:
+        raise IntegrityError("a dump of the index holds less or more than it says", path=path)
+
+
+def _length(file: BinaryIO) -> int:
+    """Of all but the trailer."""
+    return os.fstat(file.fileno()).st_size - _DIGEST_BYTES
 
 
 def _check_digest(path: str, file: BinaryIO) -> None:
-    left = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+    left = _length(file)
     digest = xxhash.xxh3_128()
     while left > 0:
         data = file.read(min(CHUNK_BYTES, left))

@@ -18,17 +18,16 @@ An owner's log is a sequence of deltas over a set of (key, tier) entries. One wr
 from __future__ import annotations
 
 import enum
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 from p2pkv.errors import InvalidArgument, RemoteProtocolError
 from p2pkv.index.hashing import KEY_BYTES, entries_checksum, pack_keys
+from p2pkv.index.prefix import Index, PrefixIndex
 from p2pkv.types import Tier
 from p2pkv.wire.peer import DELTA_KEYS_BYTES_MAX, Delta, Resync, Snapshot
-
-if TYPE_CHECKING:
-    from p2pkv.index.prefix import Index
 
 HOLD_MS: Final = 200
 """How long a change waits for others of the same key. Blocks that live shorter than this are never advertised."""
@@ -48,6 +47,9 @@ _DELTA_OVERHEAD_BYTES: Final = 512
 """About what a held delta costs besides its keys, so that a flood of tiny ones is bounded too."""
 
 _TIERS: Final = len(Tier)
+_SELF: Final = 0
+_TIER_MASK: Final = 0xFF
+"""Of an entry of :class:`p2pkv.index.prefix.Holders`."""
 
 
 class OwnershipLog:
@@ -64,11 +66,10 @@ class OwnershipLog:
             raise InvalidArgument("hold or delta size out of range", hold_ms=hold_ms, keys_per_delta=keys_per_delta)
         self.epoch = epoch
         self.seq = 0
-        self.checksum = 0
-        """Of the published set, after delta ``seq``."""
         self._hold_s = hold_ms / 1000
         self._keys_per_delta = keys_per_delta
-        self._published: dict[int, Tier] = {}
+        # Native: 22 bytes an entry, its checksum kept as it changes, no pause as it grows.
+        self._published = PrefixIndex(max_nodes=1)
         # OrderedDict: taking from the front of a plain dict costs a walk over all that was taken before.
         self._urgent: OrderedDict[int, Tier] = OrderedDict()  # due at once
         # The hold is the same for all, so insertion order is order of becoming due.
@@ -76,11 +77,26 @@ class OwnershipLog:
 
     def __len__(self) -> int:
         """Entries in the published set."""
-        return len(self._published)
+        return self._published.count(_SELF)
+
+    @property
+    def checksum(self) -> int:
+        """Of the published set, after delta ``seq``."""
+        return self._published.checksum(_SELF)
 
     def tier_of(self, key: int) -> Tier:
         """Where the published set says ``key`` is; GONE when it is not in it."""
-        return self._published.get(key, Tier.GONE)
+        return Tier(self._tiers_of([key])[0])
+
+    def _tiers_of(self, keys: Sequence[int]) -> bytes:
+        """Where the published set says that each key is."""
+        found = memoryview(self._published.holders(pack_keys(keys), limit=1, start=_SELF).packed).cast("I")
+        ends, entries = found[: len(keys) + 1], found[len(keys) + 1 :]
+        if len(entries) == 0:
+            return bytes(len(keys))
+        return bytes(
+            entries[end - 1] & _TIER_MASK if end > before else Tier.GONE for before, end in itertools.pairwise(ends)
+        )
 
     def record(self, keys: Iterable[int], tier: Tier, now: float, *, urgent: bool = False) -> None:
         """These keys are in ``tier`` from now on (GONE: nowhere). The last word on a key within its hold wins.
@@ -90,8 +106,9 @@ class OwnershipLog:
         Args:
             urgent: do not hold: the next :meth:`poll` gives it out. For slots that are about to be reused.
         """
-        for key in keys:
-            if self._published.get(key, Tier.GONE) == tier:
+        keys = list(keys)
+        for key, published in zip(keys, self._tiers_of(keys), strict=True):
+            if published == tier:
                 self._held.pop(key, None)
                 self._urgent.pop(key, None)
             elif urgent or key in self._urgent:
@@ -134,20 +151,13 @@ class OwnershipLog:
         return batch
 
     def _publish(self, batch: dict[int, Tier]) -> Delta:
-        before: list[list[int]] = [[] for _ in Tier]
         after: list[list[int]] = [[] for _ in Tier]
         for key, tier in batch.items():
-            before[self._published.get(key, Tier.GONE)].append(key)
             after[tier].append(key)
-            if tier is Tier.GONE:
-                del self._published[key]
-            else:
-                self._published[key] = tier
         groups = [pack_keys(keys) for keys in after]
         for tier in Tier:
-            if tier is not Tier.GONE:
-                self.checksum ^= entries_checksum(groups[tier], tier)
-                self.checksum ^= entries_checksum(pack_keys(before[tier]), tier)
+            if groups[tier]:
+                self._published.apply(_SELF, groups[tier], tier)
         self.seq += 1
         return Delta(self.epoch, self.seq, self.checksum, _trimmed(groups))
 
@@ -162,10 +172,7 @@ class OwnershipLog:
         """
         if not 1 <= keys_per_part <= DELTA_KEYS_BYTES_MAX // KEY_BYTES:
             raise InvalidArgument("keys_per_part out of range", keys_per_part=keys_per_part)
-        by_tier: list[list[int]] = [[] for _ in Tier]
-        for key, tier in self._published.items():
-            by_tier[tier].append(key)
-        runs = [(tier, pack_keys(by_tier[tier])) for tier in Tier if by_tier[tier]]
+        runs = self._published.snapshot(_SELF)
         step = keys_per_part * KEY_BYTES
         pieces = [(tier, at) for tier, keys in runs for at in range(0, len(keys), step)]
         keys_of = dict(runs)

@@ -14,7 +14,7 @@ can see part of a batch that is being written.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from p2pkv.errors import InvalidArgument, OutOfSpace
@@ -355,6 +355,31 @@ class PrefixIndex:
             return self._core.count(node)
         except ValueError as error:
             raise InvalidArgument(str(error)) from error
+
+    def dump_pages(self, slots: Sequence[int], *, start: int = 0, bytes_most: int) -> tuple[bytes, int]:
+        """A piece of all that these nodes have (hidden or not), and where the next piece starts; 0 after the last one.
+
+        The records are in ``core/dump.cpp``; in them a node is its number in ``slots``. A piece is at least
+        ``bytes_most`` long, by a few records, unless it is the last. Writers go on between the pieces, and within them:
+        what changes meanwhile may be as before, as after, or missing.
+        """
+        try:
+            return self._core.dump_pages(slots, start, bytes_most)
+        except ValueError as error:
+            raise InvalidArgument(str(error)) from error
+
+    def load_pages(self, data: Buffer, slots: Sequence[int]) -> int:
+        """Add what whole records at the beginning of ``data`` say; returns how many bytes they are.
+
+        ``slots``: by a node's number; -1 leaves it out. An end mark (8 zero bytes) is no record. After an error some
+        of it may have been added. Raises InvalidArgument (no such records) and OutOfSpace.
+        """
+        try:
+            return self._core.load_pages(data, slots)
+        except ValueError as error:
+            raise InvalidArgument(str(error)) from error
+        except _core.IndexFull as error:
+            raise _full(error) from error
 
     def stats(self) -> IndexStats:
         """Sizes, for metrics. ``memory_bytes`` is what the core asked the allocator for."""

@@ -2,6 +2,7 @@
 // Types and meaning are documented in p2pkv/index/_core.pyi.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <memory>
@@ -156,6 +157,20 @@ nb::list snapshot(const PrefixIndex& index, std::int64_t node) {
   for (std::uint32_t i = 0; i < kTierMax; ++i)
     if (!by_tier[i].empty()) out.append(nb::make_tuple(i + 1, pack(by_tier[i])));
   return out;
+}
+
+nb::tuple dump_pages(const PrefixIndex& index, const std::vector<std::uint32_t>& slots, std::size_t from, std::size_t bytes_most) {
+  std::vector<unsigned char> out;
+  const std::size_t next = unlocked([&] { return index.dump_pages(slots, from, bytes_most, out); });
+  return nb::make_tuple(pack(out), next);
+}
+
+std::size_t load_pages(PrefixIndex& index, nb::handle data, const std::vector<std::int64_t>& slots) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
+  const std::unique_ptr<Py_buffer, decltype(&PyBuffer_Release)> held(&view, PyBuffer_Release);
+  const auto size = static_cast<std::size_t>(view.len);
+  return unlocked([&] { return index.load_pages(static_cast<const unsigned char*>(view.buf), size, slots); });
 }
 
 nb::dict stats(const PrefixIndex& index) {
@@ -331,6 +346,8 @@ NB_MODULE(_core, m) {
           },
           "keys"_a)
       .def("snapshot", snapshot, "node"_a)
+      .def("dump_pages", dump_pages, "slots"_a, "start"_a, "bytes_most"_a)
+      .def("load_pages", load_pages, "data"_a, "slots"_a)
       .def("checksum", &PrefixIndex::checksum, "node"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("count", &PrefixIndex::count, "node"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("top", &PrefixIndex::top, nb::call_guard<nb::gil_scoped_release>())

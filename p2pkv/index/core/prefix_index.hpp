@@ -63,6 +63,9 @@ class PrefixIndex {
   std::size_t reach(const Keys& keys) const;
 
   std::array<std::vector<Key>, kTierMax> snapshot(std::int64_t node) const;
+  std::size_t dump_pages(const std::vector<std::uint32_t>& slots, std::size_t from, std::size_t bytes_most,
+                         std::vector<unsigned char>& out) const;
+  std::size_t load_pages(const unsigned char* data, std::size_t size, const std::vector<std::int64_t>& slots);
   std::uint64_t checksum(std::int64_t node) const;
   std::size_t count(std::int64_t node) const;
   std::uint32_t top() const;

@@ -8,7 +8,7 @@ namespace p2pkv::index {
 namespace {
 
 // In which writers give way to readers: one to five microseconds each.
-constexpr std::size_t kKeysPerSlice = 32;
+constexpr std::size_t kKeysPerSlice = 16;
 // A page at a time: one that is half gone already would be emptied into another in the middle of its removal.
 constexpr std::size_t kRemovedPerSlice = kPageKeys;
 constexpr std::size_t kPagesPerSlice = 64;

@@ -1,0 +1,67 @@
+"""Text to token ids, for those who ask about text: with the tokenizer of each model that the configuration names.
+
+Needs the ``tokenizers`` extra, and files: nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from p2pkv.errors import ConfigError, InvalidArgument
+
+FILE: Final = "tokenizer.json"
+
+
+class Tokenizers:
+    """Tokenizers by model name.
+
+    Args:
+        settings: ``model=path`` each; the path is a ``tokenizer.json``, or the directory of a model that has one.
+
+    Raises:
+        ConfigError: the extra is not installed, or a file is not there or is no tokenizer.
+    """
+
+    def __init__(self, settings: Iterable[str]) -> None:
+        self._of: dict[str, Any] = {}
+        for setting in settings:
+            model, separator, path = setting.partition("=")
+            if not (model and separator and path):
+                hint = "http.tokenizers: [my-model=/models/my-model]"
+                raise ConfigError("a tokenizer is named as model=path", value=setting, hint=hint)
+            self._of[model] = _load(Path(path))
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    async def encode(self, model: str, text: str) -> list[int]:
+        """Token ids of a prompt, special tokens and all, as an engine's completions endpoint makes them.
+
+        Raises:
+            InvalidArgument: no tokenizer is configured for this model.
+        """
+        tokenizer = self._of.get(model)
+        if tokenizer is None:
+            hint = "Name its tokenizer in http.tokenizers, or ask /v1/score with token_ids."
+            raise InvalidArgument("no tokenizer is configured for this model", model=model, hint=hint)
+        encoded = await asyncio.to_thread(tokenizer.encode, text)  # without the interpreter's lock
+        ids: list[int] = encoded.ids
+        return ids
+
+
+def _load(path: Path) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        hint = "pip install 'p2pkv[tokenizers]'"
+        raise ConfigError("http.tokenizers needs the tokenizers package", hint=hint) from error
+    file = path / FILE if path.is_dir() else path
+    try:
+        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("a tokenizer cannot be read", path=file, reason=error.strerror) from error
+    except Exception as error:  # the package raises nothing more exact
+        raise ConfigError("this is no tokenizer", path=file, reason=str(error)) from error
