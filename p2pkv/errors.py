@@ -22,13 +22,14 @@ class P2PKVError(Exception):
         self.hint = hint
         self.context = context
 
+    @property
+    def problem(self) -> str:
+        """Message and context, for whoever shows the hint in a place of its own."""
+        shown = ", ".join(f"{k}={v}" for k, v in self.context.items())
+        return f"{self.message} ({shown})" if shown else self.message
+
     def __str__(self) -> str:
-        text = self.message
-        if self.context:
-            text += " (" + ", ".join(f"{k}={v}" for k, v in self.context.items()) + ")"
-        if self.hint:
-            text += f". {self.hint}"
-        return text
+        return f"{self.problem}. {self.hint}" if self.hint else self.problem
 
 
 class ConfigError(P2PKVError):

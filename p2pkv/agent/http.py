@@ -39,6 +39,7 @@ from p2pkv.agent.http_types import (
     complete,
 )
 from p2pkv.agent.remembered import Recalled
+from p2pkv.agent.tokenizers import UnknownModel
 from p2pkv.errors import ConfigError, InvalidArgument
 from p2pkv.index.hashing import index_keys, parse_hashes, salted
 from p2pkv.types import Layout
@@ -79,6 +80,7 @@ def _described(answer: Any, body: Any = None, *refusals: int) -> dict[str, Any]:
 
 _REFUSALS: Final = {
     400: "What is asked cannot be answered.",
+    404: "No tokenizer is configured for this model.",
     413: "The body is too large.",
     422: "The body is not what its schema says.",
     503: "Starting or draining.",
@@ -131,7 +133,7 @@ def build_app(agent: Agent) -> FastAPI:
 
     @app.exception_handler(InvalidArgument)
     async def refuse(_: Request, error: InvalidArgument) -> Response:
-        return _json(Problem(str(error), error.hint), 400)
+        return _json(Problem(error.problem, error.hint), 404 if isinstance(error, UnknownModel) else 400)
 
     @app.exception_handler(_Refused)
     async def refused(_: Request, error: _Refused) -> Response:
@@ -206,7 +208,7 @@ def build_app(agent: Agent) -> FastAPI:
     @app.post(
         "/score_completions",
         summary="How many blocks of a text's prefix each node holds, weighed by tier (llm-d).",
-        **_described(Scores, ScoreCompletions),
+        **_described(Scores, ScoreCompletions, 404),
     )
     async def score_completions(request: Request) -> Response:
         body = await _read(request, ScoreCompletions)

@@ -15,6 +15,10 @@ from p2pkv.errors import ConfigError, InvalidArgument
 FILE: Final = "tokenizer.json"
 
 
+class UnknownModel(InvalidArgument):
+    """A text of a model whose tokenizer is not configured."""
+
+
 class Tokenizers:
     """Tokenizers by model name.
 
@@ -41,12 +45,12 @@ class Tokenizers:
         """Token ids of a prompt, special tokens and all, as an engine's completions endpoint makes them.
 
         Raises:
-            InvalidArgument: no tokenizer is configured for this model.
+            UnknownModel: no tokenizer is configured for this model.
         """
         tokenizer = self._of.get(model)
         if tokenizer is None:
             hint = "Name its tokenizer in http.tokenizers, or ask /v1/score with token_ids."
-            raise InvalidArgument("no tokenizer is configured for this model", model=model, hint=hint)
+            raise UnknownModel("no tokenizer is configured for this model", model=model, hint=hint)
         encoded = await asyncio.to_thread(tokenizer.encode, text)  # without the interpreter's lock
         ids: list[int] = encoded.ids
         return ids

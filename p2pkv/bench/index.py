@@ -20,6 +20,8 @@ from p2pkv.bench.index_beside import ENTRIES_PER_S, Beside
 from p2pkv.bench.index_child import BLOCK_TOKENS, KINDS, TOKENS, Measured
 from p2pkv.bench.index_dump import Dumped
 from p2pkv.bench.index_http import Served
+from p2pkv.bench.index_large import Large
+from p2pkv.bench.index_log import Logged
 from p2pkv.bench.index_workloads import CHAIN, WORKLOADS
 from p2pkv.bench.progress import Progress
 from p2pkv.bench.report import Claim, Report, Row, at_least, at_most, percentile, ratio, rounded
@@ -52,6 +54,12 @@ HTTP_PER_S: Final = 2_000.0
 DUMP_ENTRIES: Final = 25_000_000
 DUMP_ENTRIES_QUICK: Final = 1_000_000
 LOAD_S: Final = 10.0
+LARGE_ENTRIES: Final = 100_000_000
+LARGE_ENTRIES_QUICK: Final = 2_000_000
+LARGE_BYTES: Final = 24.0
+"""Per entry; 2.4 GB for all of them."""
+LOG_BLOCKS: Final = 262_144
+LOG_BLOCKS_QUICK: Final = 32_768
 
 LOOKUP_US: Final = {"disjoint": 5.0, "shared": 8.0, "replicated": 8.0}
 LOOKUP_P99_US: Final = 20.0
@@ -130,6 +138,32 @@ class Http(Row, frozen=True, kw_only=True):
     differing: int
 
 
+class Log(Row, frozen=True, kw_only=True):
+    """Events through an ownership log: CPU time of its owner and of a reader, per block; bytes on the wire, likewise."""
+
+    event_blocks: int
+    blocks: int
+    owner_ns: float | None
+    reader_ns: float | None
+    wire_bytes: float | None
+    same: bool
+
+
+class Size(Row, frozen=True, kw_only=True):
+    """An index of very many entries, all of them different. Storing is CPU time; lookups are of whole chains."""
+
+    entries: int
+    owners: int
+    rss_bytes: int
+    rss_bytes_per_entry: float | None
+    memory_bytes_per_entry: float | None
+    ns_per_key: float | None
+    samples: int
+    p50_us: float | None
+    p99_us: float | None
+    wrong: int
+
+
 class Load(Row, frozen=True, kw_only=True):
     """A dump of an index, written and loaded again; wall-clock time."""
 
@@ -166,6 +200,8 @@ def run(*, quick: bool = False, rival: str = "", progress: Progress | None = Non
     rows += measure_beside(SAMPLES_BESIDE_QUICK if quick else SAMPLES_BESIDE, progress)
     rows.append(measure_http(quick, progress))
     rows.append(measure_load(DUMP_ENTRIES_QUICK if quick else DUMP_ENTRIES, progress))
+    rows.append(measure_size(LARGE_ENTRIES_QUICK if quick else LARGE_ENTRIES, progress))
+    rows += [measure_log(event, LOG_BLOCKS_QUICK if quick else LOG_BLOCKS, progress) for event in EVENTS]
     return report.make_report("index", rows, claims_of(rows))
 
 
@@ -283,6 +319,40 @@ def measure_load(entries: int, progress: Progress) -> Load:
     )
 
 
+def measure_size(entries: int, progress: Progress) -> Size:
+    """Very many entries."""
+    progress.say(f"index: {entries} entries")
+    with Child("index_large", str(entries), str(NODES)) as child:
+        found = msgspec.json.decode(child.line(CHILD_S), type=Large)
+    return Size(
+        entries=found.entries,
+        owners=NODES,
+        rss_bytes=found.rss_bytes,
+        rss_bytes_per_entry=rounded(found.rss_bytes / found.entries),
+        memory_bytes_per_entry=rounded(found.memory_bytes / found.entries),
+        ns_per_key=rounded(found.store_s / found.entries * 1e9),
+        samples=len(found.asked),
+        p50_us=rounded(percentile(found.asked, 50) * 1e6),
+        p99_us=rounded(percentile(found.asked, 99) * 1e6),
+        wrong=found.wrong,
+    )
+
+
+def measure_log(event: int, blocks: int, progress: Progress) -> Log:
+    """Events through an ownership log."""
+    progress.say(f"index: an ownership log, events of {event}")
+    with Child("index_log", str(event), str(blocks)) as child:
+        found = msgspec.json.decode(child.line(CHILD_S), type=Logged)
+    return Log(
+        event_blocks=event,
+        blocks=found.blocks,
+        owner_ns=rounded(found.owner_s / found.blocks * 1e9),
+        reader_ns=rounded(found.reader_s / found.blocks * 1e9),
+        wire_bytes=rounded(found.wire_bytes / found.blocks),
+        same=found.same,
+    )
+
+
 def claims_of(rows: list[Row]) -> list[Claim]:
     """Issue 3, points 1 to 5, and 7."""
     claims = []
@@ -310,6 +380,10 @@ def claims_of(rows: list[Row]) -> list[Claim]:
         if isinstance(row, Load):
             what = f"seconds to load {row.entries} entries"
             claims.append(at_most("index.load", number(row.load_s) if row.same else math.nan, LOAD_S, "s", what))
+        if isinstance(row, Size) and row.entries >= MEMORY_KEYS_MIN:
+            what = f"resident bytes per entry of {row.entries}, all different"
+            value = number(row.rss_bytes_per_entry) if row.wrong == 0 else math.nan
+            claims.append(at_most("index.memory.large", value, LARGE_BYTES, "B", what))
     beside = {row.case: row for row in rows if isinstance(row, BesideWriter)}
     if beside:
         times = ratio(beside["writer"].p99_us, beside["idle"].p99_us)

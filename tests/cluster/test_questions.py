@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from p2pkv.index.hashing import VllmHasher
-from tests.cluster.agents import AgentProcess, make_layout, visible
+from tests.cluster.agents import AgentProcess, Cluster, make_layout, visible
 from tests.cluster.blocks import blocks_of, new_keys
 
 pytestmark = [pytest.mark.cluster]
@@ -80,6 +81,29 @@ def test_tokens_are_hashed_as_the_engines_do(pair: list[AgentProcess]) -> None:
     assert by_tokens == by_hash == {"default": {pair[0].node: hit}}
 
 
+def test_a_text_is_scored_by_tier_with_the_tokenizer_of_its_model(tmp_path: Path) -> None:
+    """llm-d's question, and its answer: by the address of each node, blocks weighed by where they lie."""
+    made = pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed here")
+    words = {f"w{i}": i for i in range(200)}
+    tokenizer = made.Tokenizer(made.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = made.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    hasher = VllmHasher("sha256", "7")
+    layout = make_layout(BLOCK, model="text", hash_algo="sha256", hash_seed=hasher.none_hash.hex())
+    keys = hasher.block_hashes(list(range(100)), TOKENS)
+    prompt = " ".join(f"w{i}" for i in range(100))
+    with Cluster() as cluster:
+        first, second = cluster.start(2, settings={"http.tokenizers": f"text={tmp_path}"})
+        cluster.connected()
+        assert all(first.open(layout).put(keys[:4], blocks_of(keys[:4], BLOCK)))
+        visible(second.open(layout), keys[:4])
+        for agent in (first, second):
+            assert ask(agent, "/score_completions", model="text", prompt=prompt) == {first.address: pytest.approx(3.2)}
+        assert ask(first, "/score_completions", model="text", prompt="w5 w6") == {}
+        status, answer = first.http("/score_completions", body=b'{"model": "other", "prompt": "w1"}')
+        assert status == 404 and "http.tokenizers" in json.loads(answer)["hint"]
+
+
 def test_hashes_may_be_numbers(pair: list[AgentProcess]) -> None:
     keys = stored(pair, "numbers", range(2), range(3))
     numbers = [int.from_bytes(key[:8], "little") for key in keys]
@@ -113,7 +137,15 @@ def test_the_description_names_every_question(pair: list[AgentProcess]) -> None:
     status, answer = pair[0].http("/openapi.json")
     described = json.loads(answer)
     assert status == 200
-    assert {"/v1/score", "/v1/lookup", "/query", "/query_by_hash", "/v1/nodes", "/v1/blocks"} <= set(described["paths"])
+    assert {
+        "/v1/score",
+        "/v1/lookup",
+        "/query",
+        "/query_by_hash",
+        "/score_completions",
+        "/v1/nodes",
+        "/v1/blocks",
+    } <= set(described["paths"])
     missing = [ref for ref in refs_of(described) if ref.rpartition("/")[2] not in described["components"]["schemas"]]
     assert missing == []
 
