@@ -139,7 +139,7 @@ class Http(Row, frozen=True, kw_only=True):
 
 
 class Log(Row, frozen=True, kw_only=True):
-    """Events through an ownership log: CPU time of its owner and of a reader, per block; bytes on the wire, likewise."""
+    """Events through an ownership log: CPU time of its owner and of a reader, per block; bytes on the wire."""
 
     event_blocks: int
     blocks: int
