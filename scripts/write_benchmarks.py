@@ -1,4 +1,7 @@
-"""Writes docs/benchmarks.md from results/*.json, as `p2pkv bench NAME --json` printed them. Run by `make bench`."""
+"""Writes docs/benchmarks.md, and the tables of docs/index.md, from results/*.json. Run by `make bench`.
+
+The files are what `p2pkv bench NAME --json` printed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+INDEX_PAGE = ROOT / "docs" / "index.md"
+MEASURED = "<!-- measured: written by scripts/write_benchmarks.py -->"
+MEASURED_END = "<!-- /measured -->"
 INTRO = """# Benchmarks
 
 Written by `make bench` from what `p2pkv bench NAME --json` printed. Every figure of a run is taken beside its limit
@@ -61,14 +67,59 @@ def section(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def index_table(result: dict[str, Any]) -> str:
+    """What the index costs, in one table: a row per workload and way."""
+    shape = ("workload", "way")
+    lines: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in result["rows"]:
+        if not all(name in row for name in shape):
+            continue
+        line = lines.setdefault(tuple(row[name] for name in shape), {})
+        line["nodes"] = row["nodes"]
+        if "ns_per_key" in row:
+            line[f"store {row['event_blocks']}"] = shown(row["ns_per_key"])
+            if row["event_blocks"] == 512:
+                line["bytes"] = shown(row["rss_bytes_per_entry"])
+        else:
+            line[row["query"]] = f"{shown(row['p50_us'])} ({shown(row['p99_us'])})"
+    columns = ("nodes", "full", "half", "miss", "store 512", "store 16", "store 1", "bytes")
+    head = [
+        "workload", "index", "nodes", "whole, us (p99)", "half, us (p99)", "miss, us (p99)",
+        "stored, ns a key, events of 512", "of 16", "of 1", "bytes an entry (RSS)",
+    ]  # fmt: skip
+    table_ = table(head, [[*key, *(str(line.get(name, "")) for name in columns)] for key, line in lines.items()])
+    logs = [row for row in result["rows"] if "wire_bytes" in row]
+    log = table(
+        ["an event of", "owner, ns a block", "reader, ns a block", "bytes a block on the wire"],
+        [[shown(row[name]) for name in ("event_blocks", "owner_ns", "reader_ns", "wire_bytes")] for row in logs],
+    )
+    large = [row for row in result["rows"] if "rss_bytes" in row]
+    words = [
+        f"{row['entries'] / 1e6:.0f} M different entries take {row['rss_bytes'] / 1e9:.2f} GB of resident memory; "
+        f"a lookup in them {shown(row['p50_us'])} us (p99 {shown(row['p99_us'])})."
+        for row in large
+    ]
+    return "\n\n".join([f"{result['when']}, {result['cpu']}:", table_, *words, log])
+
+
+def write_measured(result: dict[str, Any]) -> None:
+    """Put the index's table where it is explained."""
+    text = INDEX_PAGE.read_text()
+    begin, end = text.index(MEASURED), text.index(MEASURED_END)
+    INDEX_PAGE.write_text(text[: begin + len(MEASURED)] + "\n\n" + index_table(result) + "\n\n" + text[end:])
+
+
 def main() -> int:
-    """Write the page from the files that are there."""
+    """Write the pages from the files that are there."""
     files = sorted((ROOT / "results").glob("*.json"))
     results = [json.loads(file.read_text()) for file in files if file.stat().st_size]
     if not results:
         print("error: no results/*.json; run `make bench`", file=sys.stderr)
         return 1
     PAGE.write_text("\n\n".join([INTRO.strip(), *map(section, results)]) + "\n")
+    for result in results:
+        if result["bench"] == "index":
+            write_measured(result)
     print(f"wrote {PAGE.relative_to(ROOT)} from {len(results)} result(s)")
     return 0
 
