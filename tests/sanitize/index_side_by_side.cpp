@@ -25,6 +25,8 @@ void ask(const PrefixIndex& index, const std::vector<Chain>& chains, const std::
     index.contains_any(view(chain), any.data());
     check(index.reach(view(chain)) <= chain.size(), "a reach beside a writer");
     check(index.holders(view(chain), 4, 3).size() > chain.size(), "holders beside a writer");
+    std::vector<unsigned char> piece;
+    index.dump_pages({1, 3, 4}, random() % 40, 2'000, piece);
     index.count(1);
     index.stats();
   }

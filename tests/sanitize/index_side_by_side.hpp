@@ -65,6 +65,44 @@ class SideBySide {
     }
   }
 
+  /// Every other node, in pieces, into an index of its own; and the same bytes with one that is wrong, into another.
+  void dump() {
+    std::vector<std::uint32_t> from;
+    std::vector<std::int64_t> to;
+    for (std::uint32_t node = below(2); node < kNodes; node += 2) {
+      from.push_back(node);
+      to.push_back(kNodes - node);
+    }
+    std::vector<unsigned char> all;
+    std::size_t start = 0;
+    do {
+      std::vector<unsigned char> piece;
+      start = index_.dump_pages(from, start, below(4'000) + 1, piece);
+      all.insert(all.end(), piece.begin(), piece.end());
+    } while (start != 0);
+    PrefixIndex other(64, kNoLimit);
+    const std::size_t cut = all.empty() ? 0 : below(all.size());
+    const std::size_t used = other.load_pages(all.data(), cut, to);
+    check(used <= cut && other.load_pages(all.data() + used, all.size() - used, to) == all.size() - used, "whole records");
+    for (std::size_t n = 0; n < from.size(); ++n) {
+      Held held;
+      const auto by_tier = other.snapshot(to[n]);
+      for (std::uint32_t tier = 1; tier <= kTierMax; ++tier)
+        for (const Key key : by_tier[tier - 1]) held[key] = tier;
+      check(held == held_[from[n]] && other.count(to[n]) == held.size(), "what a dump says of a node");
+    }
+    if (all.empty()) return;
+    all[below(all.size())] ^= static_cast<unsigned char>(1U << below(8));
+    PrefixIndex damaged(64, 1'000);
+    try {
+      damaged.load_pages(all.data(), all.size(), to);
+    } catch (const std::invalid_argument&) {
+    } catch (const IndexFull&) {
+    }
+    for (std::uint32_t node = 0; node < 64; ++node) damaged.remove_node(node);
+    check(damaged.stats().entries == 0 && damaged.stats().pages == 0, "an index after a dump that is damaged");
+  }
+
   void empty() {
     for (std::uint32_t node = 0; node < kNodes; ++node) index_.remove_node(node);
     const Stats stats = index_.stats();
@@ -77,6 +115,7 @@ class SideBySide {
       for (const auto& [key, tier] : held_[node]) sum ^= entry_checksum(key, tier);
       check(index_.checksum(node) == sum && index_.count(node) == held_[node].size(), "a node's checksum or count");
     }
+    if (below(4) == 0) dump();
     for (const Chain& chain : chains_) {
       std::vector<Row> expected;
       for (std::uint32_t node = 0; node < kNodes; ++node) {

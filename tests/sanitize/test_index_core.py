@@ -39,6 +39,11 @@ MUTANTS = {
         "gained &= before;",
         "",
     ),
+    "a dump takes a page's places for its keys": (
+        "dump.cpp",
+        "for (Mask& mask : masks) mask = squeeze(mask, held);",
+        "",
+    ),
     "a split leaves all in the old bucket": (
         "key_table.cpp",
         "if (moves(bucket->tags[place], bucket->positions[place])) {",

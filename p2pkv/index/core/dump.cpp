@@ -57,8 +57,7 @@ std::size_t PrefixIndex::dump_pages(const std::vector<std::uint32_t>& slots, std
     const std::shared_lock lock(lock_);
     for (unsigned n = 0; n < kPagesPerSlice; ++n, ++id) {
       if (id >= pages_.top()) return 0;
-      if (!pages_.taken(id)) continue;
-      const Page& page = pages_[id];
+      const Page& page = pages_[id];  // a free one has no owners (which are free is the writer's to know)
       masks.clear();
       holders.clear();
       Mask held = 0;
