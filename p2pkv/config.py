@@ -318,7 +318,8 @@ def _check_values(config: Config) -> None:
     within("peer.hold_ms", config.peer.hold_ms, 0, 10_000)
     within("peer.silence_ms", config.peer.silence_ms, 3 * config.peer.heartbeat_ms, 600_000)
     within("peer.purge_s", config.peer.purge_s, 1, 86_400)
-    within("peer.remember_s", config.peer.remember_s, 0, 86_400)
+    if config.peer.remember_s:
+        within("peer.remember_s", config.peer.remember_s, 0.1, 3_600)
     within("peer.members_max", config.peer.members_max, 1, 4_096)
     within("peer.connections_max", config.peer.connections_max, 8, 1_000_000)
     within("peer.handshake_ms", config.peer.handshake_ms, 10, 60_000)

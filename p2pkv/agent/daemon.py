@@ -286,12 +286,14 @@ class Agent:
         self.draining = self.engines.draining = True
         log.info("draining")
         self.lane.drain()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.remembered.save(self.index, self.network.peers()), SAVE_S)
+        saving = asyncio.create_task(self.remembered.save(self.index, self.network.peers()))
+        await asyncio.sleep(0)  # it has begun
         self.network.leave()
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (self.engines.in_flight or self._leases()):
             await asyncio.sleep(0.02)
+        await self.remembered.stop(SAVE_S)
+        saving.cancel()
         await self._exits.aclose()
         log.info("stopped")
 

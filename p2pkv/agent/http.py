@@ -193,8 +193,9 @@ def build_app(agent: Agent) -> FastAPI:
     )
     async def by_tokens(request: Request) -> Response:
         body = await _read(request, QueryByTokens)
-        found, age_s = query.query_layouts(agent, await _hashed(agent, body, body.token_ids))
-        return _json(_only(found, body.instance_id), headers=_age(age_s))
+        asked = await _hashed(agent, body, body.token_ids)
+        found, age_s = query.query_layouts(agent, asked, only=body.instance_id)
+        return _json(found, headers=_age(age_s))
 
     @app.post(
         "/query_by_hash",
@@ -213,8 +214,8 @@ def build_app(agent: Agent) -> FastAPI:
     async def score_completions(request: Request) -> Response:
         body = await _read(request, ScoreCompletions)
         tokens = await agent.tokenizers.encode(body.model, body.prompt)
-        found = query.weighed(agent, await _hashed(agent, body, tokens))
-        return _json(found)
+        found, age_s = query.weighed(agent, await _hashed(agent, body, tokens))
+        return _json(found, headers=_age(age_s))
 
     generated = app.openapi
 
@@ -271,8 +272,7 @@ def _salted(agent: Agent, body: _Prompt, hashes: Sequence[str | int]) -> list[tu
 
 
 def _by_hash(agent: Agent, body: QueryByHash) -> tuple[query.Conductor, float]:
-    found, age_s = query.query_layouts(agent, _salted(agent, body, body.seq_hashes))
-    return _only(found, body.instance_id), age_s
+    return query.query_layouts(agent, _salted(agent, body, body.seq_hashes), only=body.instance_id)
 
 
 def _quick_by_hash(agent: Agent) -> Callable[[bytes], tuple[bytes, Headers]]:
@@ -291,14 +291,9 @@ def _age(age_s: float) -> dict[str, str]:
     return {"age": f"{age_s:.0f}"} if age_s else {}
 
 
-def _only(answer: query.Conductor, instance: str | None) -> query.Conductor:
-    if instance is None:
-        return answer
-    return {tenant: {k: v for k, v in found.items() if k == instance} for tenant, found in answer.items()}
-
-
 def _nodes(agent: Agent) -> dict[str, Any]:
     stats = agent.store.stats()
+    remembered = {recalled.node: recalled for recalled in agent.remembered}
     peers = [
         {
             "node": str(peer.node),
@@ -313,12 +308,11 @@ def _nodes(agent: Agent) -> dict[str, Any]:
             "transports": peer.card.transports,
             "transport": agent.transports.pick(int(peer.node)).name,
             "layout_conflicts": list(peer.conflicts),
-            "remembered": False,
+            "remembered": remembered.pop(peer.node, None) is not None,
         }
         for peer in agent.network.peers()
     ]
-    known = {peer["node"] for peer in peers}
-    peers += [_recalled(recalled) for recalled in agent.remembered if str(recalled.node) not in known]
+    peers += map(_recalled, remembered.values())
     return {
         "self": {
             "node": f"{agent.node:016x}",

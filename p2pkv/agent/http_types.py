@@ -10,7 +10,7 @@ from msgspec import Meta, field
 TOKENS_MAX: Final = 1 << 21
 HASHES_MAX: Final = 1 << 16
 CANDIDATES_MAX: Final = 1 << 16
-PROMPT_CHARS_MAX: Final = 1 << 23
+PROMPT_CHARS_MAX: Final = 1 << 20
 
 Token = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Tokens = Annotated[list[Token], Meta(max_length=TOKENS_MAX)]

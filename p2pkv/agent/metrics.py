@@ -184,6 +184,7 @@ class AgentCollector(Collector):
         remembered = self._agent.remembered
         yield _gauge("p2pkv_remembered_nodes", "Nodes known from before the start that are not back.", len(remembered))
         yield _counter("p2pkv_index_dumps", "Times that what is known of peers was written down.", remembered.saves)
+        yield _gauge("p2pkv_index_dump_bytes", "Length of the last one.", remembered.saved_bytes)
         yield _counter("p2pkv_index_dump_failures", "Dumps that could not be written or read.", remembered.failures)
         events = CounterMetricFamily(
             "p2pkv_cell_events", "What happened on the connections between agents.", labels=["event"]

@@ -87,8 +87,10 @@ Conductor = dict[str, dict[str, dict[str, Any]]]
 """Tenant -> instance -> what it holds."""
 
 
-def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> tuple[Conductor, float]:
-    """The conductor's answer for chains of packed index keys, each in its layout.
+def query_layouts(
+    agent: Agent, asked: Iterable[tuple[Layout, bytes]], *, only: str | None = None
+) -> tuple[Conductor, float]:
+    """The conductor's answer for chains of packed index keys, each in its layout; of one instance or of all.
 
     And the age, in seconds, of the oldest word in it that is only remembered; 0 where all of it is current.
     """
@@ -103,11 +105,15 @@ def query_layouts(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> tuple[
             if node is None or not depth:
                 continue
             name, tokens = str(node), depth * block_tokens
+            if only is not None and name != only:
+                continue
             if name in instances and tokens <= instances[name]["longest_matched"]:
                 continue
             instances[name] = _hit(tokens, hbm * block_tokens, dram * block_tokens, (ssd + shared) * block_tokens)
         for recalled, row in agent.remembered.match(keys):
             name, tokens = str(recalled.node), row.depth * block_tokens
+            if only is not None and name != only:
+                continue
             if tokens and (name not in instances or tokens > instances[name]["longest_matched"]):
                 instances[name] = _hit(
                     tokens,
@@ -149,7 +155,9 @@ def score(
             if (node := agent.network.slot_node(row.node)) is not None:
                 rows[str(node)] = row
         # What a remembered node had can be neither pulled by others nor relied on: it counts for that node alone.
-        rows.update((str(recalled.node), row) for recalled, row in agent.remembered.match(keys))
+        within = {recalled.node: row.held for recalled, row in agent.remembered.match(keys[: reach * KEY_BYTES])}
+        for recalled, row in agent.remembered.match(keys):
+            rows[str(recalled.node)] = row._replace(held=within.get(recalled.node, 0))
         for name, age_ms, remembered, layouts in having:
             if (wanted is not None and name not in wanted) or layout not in layouts:
                 continue
@@ -174,21 +182,27 @@ def score(
     return ScoreAnswer(longest, sorted(best.values(), key=lambda candidate: (*_work(candidate), candidate.node)))
 
 
-def weighed(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> dict[str, float]:
-    """Blocks of the prefix per node's address, each counted by where it lies (:data:`WEIGHTS`), in the best layout."""
+def weighed(agent: Agent, asked: Iterable[tuple[Layout, bytes]]) -> tuple[dict[str, float], float]:
+    """Blocks of the prefix per node's address, each counted by where it lies (:data:`WEIGHTS`), in the best layout.
+
+    And the age, as :func:`query_layouts` has it.
+    """
     addresses = {int(peer.node): peer.address for peer in agent.network.peers()}
     addresses[agent.node] = agent.network.card.address
     scores: dict[str, float] = {}
+    age_ms = 0.0
     for _, keys in asked:
         rows = [(agent.network.slot_node(row.node), row) for row in agent.index.match(keys)]
         found = [(addresses.get(int(node)), row) for node, row in rows if node is not None]
-        found += [(recalled.card.address, row) for recalled, row in agent.remembered.match(keys)]
+        for recalled, row in agent.remembered.match(keys):
+            found.append((recalled.card.address, row))
+            age_ms = max(age_ms, recalled.age_ms if row.depth else 0.0)
         for address, row in found:
             if address is not None and row.depth:
                 name = f"{address.host}:{address.port}"
                 value = sum(weight * blocks for weight, blocks in zip(WEIGHTS, row.by_tier, strict=True))
                 scores[name] = max(scores.get(name, 0.0), round(value, 3))
-    return scores
+    return scores, age_ms / 1e3
 
 
 def _work(candidate: Candidate) -> tuple[int, int]:

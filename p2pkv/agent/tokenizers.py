@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from p2pkv.agent.http_types import TOKENS_MAX
 from p2pkv.errors import ConfigError, InvalidArgument
 
 FILE: Final = "tokenizer.json"
@@ -31,6 +32,7 @@ class Tokenizers:
 
     def __init__(self, settings: Iterable[str]) -> None:
         self._of: dict[str, Any] = {}
+        self._one = asyncio.Semaphore(1)  # a long text takes a second and a gigabyte
         for setting in settings:
             model, separator, path = setting.partition("=")
             if not (model and separator and path):
@@ -46,13 +48,18 @@ class Tokenizers:
 
         Raises:
             UnknownModel: no tokenizer is configured for this model.
+            InvalidArgument: the text has too many tokens.
         """
         tokenizer = self._of.get(model)
         if tokenizer is None:
             hint = "Name its tokenizer in http.tokenizers, or ask /v1/score with token_ids."
             raise UnknownModel("no tokenizer is configured for this model", model=model, hint=hint)
-        encoded = await asyncio.to_thread(tokenizer.encode, text)  # without the interpreter's lock
-        ids: list[int] = encoded.ids
+        async with self._one:
+            # A batch of one: encode() keeps the interpreter's lock for as long as it takes, encode_batch() does not.
+            [encoded] = await asyncio.to_thread(tokenizer.encode_batch, [text])
+            ids: list[int] = encoded.ids
+        if len(ids) > TOKENS_MAX:
+            raise InvalidArgument("the text has too many tokens", tokens=len(ids), limit=TOKENS_MAX)
         return ids
 
 
@@ -64,7 +71,10 @@ def _load(path: Path) -> Any:
         raise ConfigError("http.tokenizers needs the tokenizers package", hint=hint) from error
     file = path / FILE if path.is_dir() else path
     try:
-        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        made = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        made.no_truncation()  # engines encode without either, whatever the file says
+        made.no_padding()
+        return made
     except OSError as error:
         raise ConfigError("a tokenizer cannot be read", path=file, reason=error.strerror) from error
     except Exception as error:  # the package raises nothing more exact

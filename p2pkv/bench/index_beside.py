@@ -19,6 +19,7 @@ import msgspec
 from p2pkv.bench.child import answer
 from p2pkv.bench.index_child import numbers
 from p2pkv.bench.index_workloads import CHAIN, make, queries
+from p2pkv.errors import P2PKVError
 from p2pkv.index.prefix import PrefixIndex
 from p2pkv.index.reference import ReferenceIndex
 from p2pkv.types import Tier
@@ -69,7 +70,10 @@ class Writer:
 
     def _run(self) -> None:
         while not self._over.is_set():
-            self.held.append(next(self._batches))
+            batch = next(self._batches, None)
+            if batch is None:
+                return
+            self.held.append(batch)
             self._index.apply(WRITERS_NODE, self.held[-1], Tier.DRAM)
             self.entries += BATCH
             if self._kept is not None and len(self.held) > self._kept:
@@ -85,8 +89,11 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        ended = not self._thread.is_alive()
         self._over.set()
         self._thread.join()
+        if ended:
+            raise P2PKVError("the writer had no more to write", hint="Make more batches, or ask for fewer lookups.")
 
     @property
     def rate(self) -> float:

@@ -86,6 +86,11 @@ class OwnerStream:
         return self._replica.seq
 
     @property
+    def proven_at(self) -> float | None:
+        """When the entries here were last known to be the owner's set."""
+        return self._replica.synced_at
+
+    @property
     def entries(self) -> int:
         """Of the owner, in the index."""
         return self._index.count(self.slot)

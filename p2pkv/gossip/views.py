@@ -27,6 +27,7 @@ class PeerView:
     conflicts: tuple[str, ...]  # layout fields that differ from ours where they must not
     slot: int | None  # in the index; None while it has none
     reads_us: bool  # it has a control connection to us
+    proven_ms: float | None  # since the entries here were last known to be its own set; None = never
 
     @property
     def alive(self) -> bool:
@@ -58,6 +59,7 @@ def view_of(row: Row, stream: OwnerStream | None, now: float) -> PeerView:
         conflicts=row.conflicts,
         slot=row.slot,
         reads_us=bool(row.reader_conns),
+        proven_ms=None if stream is None or stream.proven_at is None else (now - stream.proven_at) * 1e3,
     )
 
 

@@ -59,14 +59,33 @@ class Dump(NamedTuple):
     owners: list[tuple[Word, int | None]]
 
 
-def dump(path: str, index: PrefixIndex, owners: Iterable[tuple[int, Word]], *, taken_at: float) -> int:
+class Interrupted(P2PKVError):
+    """Somebody asked for an end before the work was done."""
+
+
+def _never() -> bool:
+    return False
+
+
+def dump(
+    path: str,
+    index: PrefixIndex,
+    owners: Iterable[tuple[int, Word]],
+    *,
+    taken_at: float,
+    over: Callable[[], bool] = _never,
+) -> int:
     """Write what is in the index under these slots; returns the file's length in bytes.
 
     What was at ``path`` stays until all of it is on disk. Holds :data:`CHUNK_BYTES` at a time; the index may be used
     and written meanwhile, by other threads. One dump to a path at a time.
 
+    Args:
+        over: asked every few milliseconds; true ends it.
+
     Raises:
         InvalidArgument: a note that is too long, a slot out of range or twice.
+        Interrupted: ``over`` said so; what was there before is there still.
         P2PKVError: the file cannot be written; what was there before is there still.
     """
     listed = list(owners)
@@ -79,6 +98,8 @@ def dump(path: str, index: PrefixIndex, owners: Iterable[tuple[int, Word]], *, t
         with open(beside, "wb") as file:
 
             def put(data: bytes) -> None:
+                if over():
+                    raise Interrupted("the index was not dumped: it was to end", path=path)
                 digest.update(data)
                 file.write(data)
 
@@ -105,24 +126,32 @@ def dump(path: str, index: PrefixIndex, owners: Iterable[tuple[int, Word]], *, t
     return size
 
 
-def load(path: str, index: PrefixIndex, slot_of: Callable[[Word], int | None]) -> Dump:
+def load(
+    path: str,
+    index: PrefixIndex,
+    slot_of: Callable[[Word], int | None],
+    *,
+    over: Callable[[], bool] = _never,
+) -> Dump:
     """Put what a file holds into an index: all of it, or after an error nothing.
 
     Args:
         slot_of: an empty slot for this owner, or None to leave it out.
+        over: asked every few tens of milliseconds; true ends it.
 
     Raises:
+        Interrupted: ``over`` said so.
         FileNotFoundError: there is none.
         IntegrityError: the file is damaged, unfinished, or of another version.
         OutOfSpace: it does not fit into the index.
     """
     owners: list[tuple[Word, int | None]] = []
     with open(path, "rb") as file:
-        _check_digest(path, file)
+        _check_digest(path, file, over)
         try:
             taken_at, words = _read_words(path, file)
             owners += [(word, slot_of(word)) for word in words]
-            _read_pages(path, file, index, [-1 if slot is None else slot for _, slot in owners])
+            _read_pages(path, file, index, [-1 if slot is None else slot for _, slot in owners], over)
         except BaseException:
             for _, slot in owners:
                 if slot is not None:
@@ -145,10 +174,12 @@ def _read_words(path: str, file: BinaryIO) -> tuple[float, list[Word]]:
     return taken_at, words
 
 
-def _read_pages(path: str, file: BinaryIO, index: PrefixIndex, slots: list[int]) -> None:
+def _read_pages(path: str, file: BinaryIO, index: PrefixIndex, slots: list[int], over: Callable[[], bool]) -> None:
     left = _length(file) - file.tell()
     data = b""
     while left > 0:
+        if over():
+            raise Interrupted("a dump of the index was not read: it was to end", path=path)
         piece = file.read(min(CHUNK_BYTES, left))
         left -= len(piece)
         data += piece
@@ -170,10 +201,12 @@ def _length(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size - _DIGEST_BYTES
 
 
-def _check_digest(path: str, file: BinaryIO) -> None:
+def _check_digest(path: str, file: BinaryIO, over: Callable[[], bool]) -> None:
     left = _length(file)
     digest = xxhash.xxh3_128()
     while left > 0:
+        if over():
+            raise Interrupted("a dump of the index was not read: it was to end", path=path)
         data = file.read(min(CHUNK_BYTES, left))
         if not data:
             break

@@ -361,7 +361,7 @@ class PrefixIndex:
 
         The records are in ``core/dump.cpp``; in them a node is its number in ``slots``. A piece is at least
         ``bytes_most`` long, by a few records, unless it is the last. Writers go on between the pieces, and within them:
-        what changes meanwhile may be as before, as after, or missing.
+        what changes meanwhile may be as before or as after, and what lies beside removed entries missing or twice.
         """
         try:
             return self._core.dump_pages(slots, start, bytes_most)

@@ -87,10 +87,37 @@ def test_questions_are_answered_from_before_the_restart_with_their_age(cluster: 
     [row] = [row for row in candidates if row["node"] == b.node]
     assert (row["remembered"], row["depth"], row["fetch_blocks"]) == (True, 4, 0)
     assert row["compute_tokens"] == 2 * LAYOUT.block_tokens and row["age_ms"] > 0
+    assert ask(a, "/query_by_hash", **BODY, seq_hashes=texts, instance_id=a.node) == ({"default": {}}, None)
     answer = ask(a, "/v1/lookup", namespace=f"{LAYOUT.namespace:016x}", hashes=texts)[0]
     assert [(row["node"], row["depth"], row["remembered"]) for row in answer["nodes"]] == [(b.node, 4, True)]
     assert answer["anywhere"] == 0, "nothing of it can be pulled"
     assert a.metric("p2pkv_remembered_nodes") == 1
+
+
+def test_what_was_beyond_the_reach_of_the_living_does_not_count_as_fetched(cluster: Cluster) -> None:
+    """C lives and has the first two blocks; B, remembered, had others: it would have to fetch both."""
+    b = start(cluster, "b").ready()
+    a = start(cluster, "a", b.address).ready()
+    cluster.connected(a, b)
+    keys = new_keys(6)
+    a.open(LAYOUT)
+    assert all(b.open(LAYOUT).put(keys[3:], blocks_of(keys[3:], BLOCK)))
+    visible(a.open(LAYOUT), keys[3:])
+    assert a.terminate() == 0
+    b.kill()
+    again(a)
+    eventually(lambda: remembered(a))
+    c = start(cluster, "c", a.address).ready()
+    cluster.connected(a, c)
+    assert all(c.open(LAYOUT).put(keys[:2], blocks_of(keys[:2], BLOCK)))
+    visible(a.open(LAYOUT), keys[:2])
+    answer, _ = ask(a, "/v1/score", **BODY, hashes=[key.hex() for key in keys])
+    rows = {row["node"]: row for row in answer["candidates"]}
+    tokens = 4 * LAYOUT.block_tokens
+    assert [(rows[n]["fetch_blocks"], rows[n]["compute_tokens"]) for n in (b.node, c.node)] == [
+        (2, tokens),
+        (0, tokens),
+    ]
 
 
 def test_nothing_is_pulled_from_whom_is_only_remembered(cluster: Cluster) -> None:

@@ -41,7 +41,7 @@ MUTANTS = {
     ),
     "a dump takes a page's places for its keys": (
         "dump.cpp",
-        "for (Mask& mask : masks) mask = squeeze(mask, held);",
+        "masks[h] = squeeze(masks[h], copy.held);",
         "",
     ),
     "a split leaves all in the old bucket": (

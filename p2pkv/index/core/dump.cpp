@@ -12,7 +12,9 @@
 namespace p2pkv::index {
 namespace {
 
-constexpr unsigned kPagesPerSlice = 4;  // a few microseconds: a writer that waits for us stops every other reader
+// Under the readers' lock at once, a few microseconds: a writer that waits for us stops every other reader.
+constexpr unsigned kPagesPerSlice = 4;
+constexpr std::size_t kHoldersPerSlice = 512;
 constexpr std::uint32_t kNotListed = ~0U;
 
 /// The bits of `mask` at the places of `places`, side by side.
@@ -40,7 +42,8 @@ T get(const unsigned char* at) {
 
 }  // namespace
 
-/// A pass over all pages while readers and writers go on: what does not change meanwhile is in it, once.
+/// A pass over all pages while readers and writers go on. What is removed meanwhile may make the writer move what lay
+/// beside it to another page: that may be in the pass twice, or not at all.
 std::size_t PrefixIndex::dump_pages(const std::vector<std::uint32_t>& slots, std::size_t from, std::size_t bytes_most,
                                     std::vector<unsigned char>& out) const {
   std::vector<std::uint32_t> number_of;
@@ -50,38 +53,58 @@ std::size_t PrefixIndex::dump_pages(const std::vector<std::uint32_t>& slots, std
     if (number_of[slot] != kNotListed) throw std::invalid_argument("a slot is listed twice");
     number_of[slot] = static_cast<std::uint32_t>(n);
   }
+  struct Copy {
+    Key keys[kPageKeys];
+    Mask held;
+    std::size_t holders_end;  // of the slice's; they begin where those of the page before end
+  };
+  std::vector<Copy> copies(kPagesPerSlice);
   std::vector<Mask> masks;
   std::vector<std::uint32_t> holders;
+  masks.reserve(2 * kHoldersPerSlice);
+  holders.reserve(2 * kHoldersPerSlice);
+  out.reserve(bytes_most + kPagesPerSlice * sizeof(Page));
   auto id = static_cast<PageId>(std::min<std::size_t>(from, kNoPage));
-  while (out.size() < bytes_most) {
-    const std::shared_lock lock(lock_);
-    for (unsigned n = 0; n < kPagesPerSlice; ++n, ++id) {
-      if (id >= pages_.top()) return 0;
-      const Page& page = pages_[id];  // a free one has no owners (which are free is the writer's to know)
-      masks.clear();
-      holders.clear();
-      Mask held = 0;
-      for (std::uint32_t o = 0; o < page.owners(); ++o) {
-        const std::uint32_t node = node_of(page.owner()[o]);
-        if (node >= number_of.size() || number_of[node] == kNotListed) continue;
-        held |= page.mask()[o];
-        masks.push_back(page.mask()[o]);
-        holders.push_back(make_owner(number_of[node], tier_of(page.owner()[o])));
+  bool over = false;
+  while (!over && out.size() < bytes_most) {
+    masks.clear();
+    holders.clear();
+    std::size_t copied = 0;
+    {
+      const std::shared_lock lock(lock_);
+      for (unsigned n = 0; n < kPagesPerSlice && holders.size() < kHoldersPerSlice && !over; ++n) {
+        over = id >= pages_.top();
+        if (over) break;
+        const Page& page = pages_[id++];  // a free one has no owners (which are free is the writer's to know)
+        Copy& copy = copies[copied];
+        copy.held = 0;
+        for (std::uint32_t o = 0; o < page.owners(); ++o) {
+          const std::uint32_t node = node_of(page.owner()[o]);
+          if (node >= number_of.size() || number_of[node] == kNotListed) continue;
+          copy.held |= page.mask()[o];
+          masks.push_back(page.mask()[o]);
+          holders.push_back(make_owner(number_of[node], tier_of(page.owner()[o])));
+        }
+        if (copy.held == 0) continue;
+        std::memcpy(copy.keys, page.keys, sizeof copy.keys);
+        copy.holders_end = holders.size();
+        ++copied;
       }
-      if (held == 0) continue;
-      for (Mask& mask : masks) mask = squeeze(mask, held);
-      const std::uint32_t counts[] = {static_cast<std::uint32_t>(std::popcount(held)), static_cast<std::uint32_t>(masks.size())};
+    }
+    std::size_t at = 0;
+    for (std::size_t n = 0; n < copied; ++n) {
+      const Copy& copy = copies[n];
+      const std::size_t count = copy.holders_end - at;
+      for (std::size_t h = at; h < copy.holders_end; ++h) masks[h] = squeeze(masks[h], copy.held);
+      const std::uint32_t counts[] = {static_cast<std::uint32_t>(std::popcount(copy.held)), static_cast<std::uint32_t>(count)};
       append_to(out, counts, 2);
-      if (held == ~Mask{0}) {
-        append_to(out, page.keys, kPageKeys);
-      } else {
-        for (Mask left = held; left != 0; left &= left - 1) append_to(out, &page.keys[std::countr_zero(left)], 1);
-      }
-      append_to(out, masks.data(), masks.size());
-      append_to(out, holders.data(), holders.size());
+      for (Mask left = copy.held; left != 0; left &= left - 1) append_to(out, &copy.keys[std::countr_zero(left)], 1);
+      append_to(out, &masks[at], count);
+      append_to(out, &holders[at], count);
+      at = copy.holders_end;
     }
   }
-  return id;
+  return over ? 0 : id;
 }
 
 /// Puts whole records in; what is behind the last one is left. Returns how many bytes they are.

@@ -120,7 +120,7 @@ def test_hidden_owners_are_dumped_and_come_back_to_be_seen(path: str) -> None:
 
 
 def test_a_dump_is_taken_while_the_index_is_written(path: str) -> None:
-    """What does not change is in it; what changes is in it as it was or will be; nothing else is."""
+    """What changes is in it as it was or will be, and nothing else is; what nobody removes from lies where it was."""
     index, other = filled(PrefixIndex()), PrefixIndex()
     rng = random.Random(9)
     batches = [pack_keys(rng.getrandbits(64) for _ in range(700)) for _ in range(6)]
