@@ -42,7 +42,7 @@ MUTANTS = {
     "a dump takes a page's places for its keys": (
         "dump.cpp",
         "masks[h] = squeeze(masks[h], copy.held);",
-        "",
+        ";",
     ),
     "a split leaves all in the old bucket": (
         "key_table.cpp",
