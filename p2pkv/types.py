@@ -6,9 +6,9 @@ Values only: frozen, hashable, comparable; no I/O, no clocks. Engines import thi
 from __future__ import annotations
 
 import enum
-from typing import ClassVar, Final, Self, dataclass_transform
 
 from p2pkv import _native
+from p2pkv.light import ClassVar, Final, Self, dataclass_transform
 
 BLOCK_HASH_BYTES_MIN: Final = 8
 BLOCK_HASH_BYTES_MAX: Final = 64

@@ -18,7 +18,7 @@ RUNS_MAX = 60
 HEAVY = (
     "torch", "numpy", "nixl", "nixl_cu12", "nixl_cu13", "vllm", "fastapi", "starlette", "pydantic", "uvicorn", "uvloop",
     "zeroconf", "typer", "prometheus_client", "msgspec", "typing_extensions", "inspect", "dataclasses", "datetime",
-    "uuid",
+    "uuid", "typing", "re",
 )  # fmt: skip
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 """With bytecode, as any installation has it."""

@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from p2pkv import _native
 from p2pkv.client.channel import to_error
@@ -38,6 +37,7 @@ from p2pkv.errors import (
     RemoteProtocolError,
     Unavailable,
 )
+from p2pkv.light import TYPE_CHECKING, Any, Final, NamedTuple
 from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
 from p2pkv.wire.engine_types import EngineType, Source
 from p2pkv.wire.frame import Frame

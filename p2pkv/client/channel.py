@@ -14,10 +14,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
 
 from p2pkv.client.messages import Answer, EngineError, Request, decode, encode
 from p2pkv.errors import AgentUnavailable, Busy, DeadlineExceeded, P2PKVError, RemoteProtocolError
+from p2pkv.light import Final
 from p2pkv.wire.frame import FrameDecoder
 
 RECV_BYTES: Final = 16 << 10

@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Final
 
 from p2pkv.client.cache import Cache, Region
 from p2pkv.client.connection import Connection
 from p2pkv.client.jobs import JobKind, JobResult, Jobs
 from p2pkv.client.messages import Answer, Open, Opened, Request
 from p2pkv.errors import AgentUnavailable, InvalidArgument, P2PKVError
+from p2pkv.light import Final
 from p2pkv.paths import default_socket_path
 from p2pkv.types import Layout
 

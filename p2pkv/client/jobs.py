@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from typing import Final, Literal, NamedTuple
 
 from p2pkv.client.messages import Answer, Done, EngineError, Matched
 from p2pkv.errors import P2PKVError
+from p2pkv.light import Final, Literal, NamedTuple
 from p2pkv.types import Status
 from p2pkv.wire.engine_types import Source
 

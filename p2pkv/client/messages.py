@@ -10,10 +10,10 @@ Annotations are objects here, not text: the shapes that answers are read by are 
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Final, NamedTuple
 
 from p2pkv._native import Shape, pack
 from p2pkv.errors import RemoteProtocolError
+from p2pkv.light import Annotated, Final, NamedTuple
 from p2pkv.types import MASK64
 from p2pkv.wire.engine_types import EngineType
 from p2pkv.wire.frame import Frame

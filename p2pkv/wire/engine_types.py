@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import Final
+
+from p2pkv.light import Final
 
 
 class EngineType(enum.IntEnum):

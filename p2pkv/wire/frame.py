@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Final, NamedTuple
 
 from p2pkv.errors import LocalProtocolError, RemoteProtocolError
+from p2pkv.light import Final, NamedTuple
 
 FRAME_VERSION: Final = 1
 HEADER: Final = struct.Struct("<IBBHI")

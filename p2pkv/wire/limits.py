@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from p2pkv.light import Final
 
 KEYS_MAX: Final = 16_384
 """Most blocks in one message: 4 million tokens at the default block of 256."""

@@ -147,7 +147,7 @@ def test_lawful_msgpack_of_the_wrong_shape_is_a_message_or_a_remote_protocol_err
     name: str, data: st.DataObject, fields: list[object]
 ) -> None:
     codec = CODECS[name]
-    message_type = data.draw(st.sampled_from(sorted(codec._decoders)))
+    message_type = data.draw(st.sampled_from(sorted(codec._structs)))
     try:
         codec.decode(Frame(message_type, 1, 0, msgspec.msgpack.encode(fields)))
     except RemoteProtocolError:
@@ -192,7 +192,7 @@ def test_values_out_of_bounds_are_refused(message_type: int, fields: list[object
 @pytest.mark.parametrize("depth", [1_000, 1_000_000])
 def test_nesting_without_end_is_a_remote_protocol_error(depth: int) -> None:
     for codec in CODECS.values():
-        for message_type in codec._decoders:
+        for message_type in codec._structs:
             with pytest.raises(RemoteProtocolError):
                 codec.decode(Frame(message_type, 1, 0, b"\x91" * depth + b"\x90"))
 
