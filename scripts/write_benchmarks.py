@@ -99,7 +99,18 @@ def index_table(result: dict[str, Any]) -> str:
         f"a lookup in them {shown(row['p50_us'])} us (p99 {shown(row['p99_us'])})."
         for row in large
     ]
-    return "\n\n".join([f"{result['when']}, {result['cpu']}:", table_, *words, log])
+    cases = [row for row in result["rows"] if "case" in row]
+    beside = table(
+        ["lookups of whole chains, a small index", "entries/s written", "p50, us", "p99, us", "p99.99, us"],
+        [[row["case"], *(shown(row[n]) for n in ("entries_per_s", "p50_us", "p99_us", "p99_99_us"))] for row in cases],
+    )
+    loads = [
+        f"A dump of {row['entries'] / 1e6:.0f} M entries ({row['file_bytes'] / 1e6:.0f} MB) is written in "
+        f"{shown(row['dump_s'])} s and loaded in {shown(row['load_s'])} s."
+        for row in result["rows"]
+        if "load_s" in row
+    ]
+    return "\n\n".join([f"{result['when']}, {result['cpu']}:", table_, *words, *loads, beside, log])
 
 
 def write_measured(result: dict[str, Any]) -> None:
