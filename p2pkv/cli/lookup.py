@@ -43,10 +43,12 @@ def lookup(
     else:
         body["seq_hashes"] = _words(hashes or "")
         path = "/query_by_hash"
-    answer = _post(f"http://{agent}{path}", body)
+    answer, age_s = _post(f"http://{agent}{path}", body)
     if json_:
         print(json.dumps(answer))
         return
+    if age_s is not None:
+        print(f"note: some of this is from before the agent's start, up to {age_s} s old", file=sys.stderr)
     rows = [
         (tenant_name, instance, str(found["longest_matched"]), str(found["GPU"]), str(found["CPU"]), str(found["DISK"]))
         for tenant_name, instances in answer.items()
@@ -64,12 +66,13 @@ def _words(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
-def _post(url: str, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _post(url: str, body: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """The answer, and its Age header."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             answer: dict[str, dict[str, Any]] = json.loads(response.read(ANSWER_BYTES_MAX))
-            return answer
+            return answer, response.headers.get("age")
     except urllib.error.HTTPError as error:
         raise InvalidArgument("the agent refused the question", status=error.code, reason=error.read(500)) from error
     except (OSError, ValueError) as error:

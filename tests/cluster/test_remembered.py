@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,11 @@ def test_questions_are_answered_from_before_the_restart_with_their_age(cluster: 
     assert (row["remembered"], row["depth"], row["fetch_blocks"]) == (True, 4, 0)
     assert row["compute_tokens"] == 2 * LAYOUT.block_tokens and row["age_ms"] > 0
     assert ask(a, "/query_by_hash", **BODY, seq_hashes=texts, instance_id=a.node) == ({"default": {}}, None)
+    command = [sys.executable, "-m", "p2pkv.cli", "lookup", "--model", "remembered", "--hashes", ",".join(texts)]
+    shown = subprocess.run(
+        [*command, "--agent", f"127.0.0.1:{a.http_port}"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert b.node in shown.stdout and "before the agent's start" in shown.stderr
     answer = ask(a, "/v1/lookup", namespace=f"{LAYOUT.namespace:016x}", hashes=texts)[0]
     assert [(row["node"], row["depth"], row["remembered"]) for row in answer["nodes"]] == [(b.node, 4, True)]
     assert answer["anywhere"] == 0, "nothing of it can be pulled"

@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -212,27 +213,33 @@ nb::bytes index_keys(std::uint64_t namespace_, nb::sequence hashes) {
   return pack(out);
 }
 
+/// What each character stands for in hexadecimal; 16: nothing.
+constexpr auto kDigits = [] {
+  std::array<unsigned char, 256> digits{};
+  digits.fill(16);
+  for (unsigned char i = 0; i < 10; ++i) digits['0' + i] = i;
+  for (unsigned char i = 0; i < 6; ++i) digits['a' + i] = digits['A' + i] = static_cast<unsigned char>(10 + i);
+  return digits;
+}();
+
 /// First 8 bytes of a hash in hexadecimal (8 to 64 bytes). False: it is none.
 bool key_of_hex(nb::handle text, Key* key) {
   Py_ssize_t length;
-  const char* at = PyUnicode_AsUTF8AndSize(text.ptr(), &length);
-  if (at == nullptr) {
+  const char* text_ = PyUnicode_AsUTF8AndSize(text.ptr(), &length);
+  if (text_ == nullptr) {
     PyErr_Clear();  // half of a surrogate pair
     return false;
   }
   if (length < 16 || length > 128 || length % 2 != 0) return false;
-  const auto digit = [](char c) -> unsigned {
-    if (c >= '0' && c <= '9') return static_cast<unsigned>(c - '0');
-    const char low = static_cast<char>(c | 0x20);
-    return low >= 'a' && low <= 'f' ? static_cast<unsigned>(low - 'a') + 10 : ~0U;
-  };
+  const auto* at = reinterpret_cast<const unsigned char*>(text_);
   unsigned char bytes[sizeof(Key)];
   unsigned all = 0;
-  for (Py_ssize_t i = 0; i < length; i += 2) {
-    const unsigned high = digit(at[i]), low = digit(at[i + 1]);
+  for (unsigned i = 0; i < sizeof(Key); ++i) {
+    const unsigned high = kDigits[at[2 * i]], low = kDigits[at[2 * i + 1]];
     all |= high | low;
-    if (i < 16) bytes[i / 2] = static_cast<unsigned char>(high << 4U | low);
+    bytes[i] = static_cast<unsigned char>(high << 4U | low);
   }
+  for (Py_ssize_t i = 16; i < length; ++i) all |= kDigits[at[i]];
   std::memcpy(key, bytes, sizeof bytes);
   return all < 16;
 }
