@@ -1,0 +1,224 @@
+"""Datagrams that only members of the cell can make, read, or use twice. Sans-IO.
+
+    offset  size  field
+    0       1     version of this format
+    1       1     flags (none defined yet; receivers ignore what they do not know)
+    2       4     id of the cell key
+    6       8     node
+    14      4     epoch
+    18      8     instance: drawn at random at every start of the node
+    26      8     counter: grows with every frame of this (node, epoch, instance), and is never used twice
+    34      n     AES-256-GCM of the payload; the 34 bytes before it are its associated data
+    34 + n  16    tag
+
+Little-endian. A frame is sealed once, whoever it is sent to. The AES key is derived from the cell key, the cell's name
+and (node, epoch, instance) by HKDF-SHA256 (RFC 5869), and the nonce is the counter: so no two frames ever share both,
+although all members share the cell key, and although a copied state directory may make two processes the same node and
+epoch.
+
+Whoever has the cell key can claim to be any node: members are trusted. Others can neither read, change, make nor repeat
+a frame. They can drop them, and they can send what is not one: that costs an HMAC each at most, bounded per second.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections import Counter
+from typing import Final, NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from p2pkv.errors import InvalidArgument, LocalProtocolError
+from p2pkv.gossip.keyring import Key, Keyring
+
+VERSION: Final = 1
+HEADER: Final = struct.Struct("<BBIQIQQ")
+TAG_BYTES: Final = 16
+FRAME_BYTES_MAX: Final = 1_400
+"""Fits the MTU of any network that a cell is built on, tunnels included."""
+PAYLOAD_BYTES_MAX: Final = FRAME_BYTES_MAX - HEADER.size - TAG_BYTES
+COUNTER_MAX: Final = (1 << 64) - 1
+WINDOW: Final = 1_024
+"""How far behind the youngest frame one may come, in frames of its sender: two seconds of a busy one."""
+SENDERS_MAX: Final = 4_096
+STRANGERS_PER_S: Final = 2_000.0
+"""Frames of lives not heard of before that are looked at; a whole cell may start within a second."""
+
+_NONCE: Final = struct.Struct("<4xQ")
+_SALT: Final = b"p2pkv frame 1"
+
+
+class Life(NamedTuple):
+    """One run of a node."""
+
+    node: int
+    epoch: int
+    instance: int
+
+
+def cipher(key: Key, cell: str, life: Life) -> AESGCM:
+    """What seals the frames of one life under one cell key."""
+    info = struct.pack("<QIQ", *life) + cell.encode()
+    return AESGCM(HKDF(SHA256(), 32, _SALT, info).derive(key.secret))
+
+
+class Sealer:
+    """Seals what one life of this node sends. Not thread-safe: a counter must not be used twice.
+
+    Args:
+        keyring: may be replaced at any time; the next frame is sealed with its key in use.
+        first: the first counter; only tests start elsewhere.
+    """
+
+    def __init__(self, keyring: Keyring, cell: str, life: Life, *, first: int = 0) -> None:
+        self.keyring = keyring
+        self._cell = cell
+        self._life = life
+        self._next = first
+        self._key: Key | None = None
+        self._cipher: AESGCM
+
+    def seal(self, payload: bytes) -> bytes:
+        """One frame.
+
+        Raises:
+            InvalidArgument: the payload is longer than a frame's.
+            LocalProtocolError: 2^64 frames have been sealed.
+        """
+        if len(payload) > PAYLOAD_BYTES_MAX:
+            raise InvalidArgument("too much for a frame", bytes=len(payload), limit=PAYLOAD_BYTES_MAX)
+        if self._next > COUNTER_MAX:
+            raise LocalProtocolError("no counter is left: this node must start anew")
+        key = self.keyring.in_use
+        if key != self._key:
+            self._key, self._cipher = key, cipher(key, self._cell, self._life)
+        counter, self._next = self._next, self._next + 1
+        header = HEADER.pack(VERSION, 0, key.id, *self._life, counter)
+        return header + self._cipher.encrypt(_NONCE.pack(counter), payload, header)
+
+
+class Refusal(enum.Enum):
+    """Why a datagram is not believed."""
+
+    MALFORMED = "malformed"  # no frame at all
+    VERSION = "version"
+    UNKNOWN_KEY = "unknown_key"  # sealed with a key that is not in the ring
+    FORGED = "forged"  # not sealed with the key that it names, for this cell; or changed on its way
+    REPLAYED = "replayed"  # its counter has been used, or is too far behind
+    STALE = "stale"  # a later life of its node is known
+    FLOODED = "flooded"  # of a stranger, while too many strangers knock
+
+
+class Opened(NamedTuple):
+    """A frame that its sender made, once, and that nobody changed."""
+
+    life: Life
+    counter: int
+    payload: bytes
+
+
+class _Sender:
+    """A life that has proven itself, the counters that it has used, and its ciphers by key id."""
+
+    def __init__(self, life: Life) -> None:
+        self.life = life
+        self.ciphers: dict[int, AESGCM] = {}
+        self.youngest = -1
+        self.seen = 0  # bit n: youngest - n
+
+    def fresh(self, counter: int) -> bool:
+        behind = self.youngest - counter
+        return behind < 0 or (behind < WINDOW and not self.seen >> behind & 1)
+
+    def use(self, counter: int) -> None:
+        behind = self.youngest - counter
+        if behind < 0:
+            self.seen = ((self.seen << min(-behind, WINDOW)) | 1) & ((1 << WINDOW) - 1)
+            self.youngest = counter
+        else:
+            self.seen |= 1 << behind
+
+
+class Opener:
+    """Opens what others have sealed. ``now`` is in seconds, monotonic. Not thread-safe.
+
+    Of each node the latest life that has proven itself is kept: earlier ones are stale. Two processes of one node and
+    epoch (:class:`~p2pkv.gossip.membership.Verdict`: DUPLICATE) are told apart by their instance; the first one stays.
+
+    Args:
+        keyring: frames of all its keys are opened. Replace it with :meth:`rekey`.
+    """
+
+    def __init__(self, keyring: Keyring, cell: str, now: float) -> None:
+        self.refused: Counter[Refusal] = Counter()
+        self._keyring = keyring
+        self._cell = cell
+        self._senders: dict[int, _Sender] = {}
+        self._allowance = STRANGERS_PER_S
+        self._allowance_at = now
+
+    def rekey(self, keyring: Keyring) -> None:
+        """Another keyring; what was sealed with a key that is not in it is refused from now on."""
+        self._keyring = keyring
+        for sender in self._senders.values():
+            sender.ciphers = {key_id: made for key_id, made in sender.ciphers.items() if keyring.get(key_id)}
+
+    def forget(self, node: int) -> None:
+        """The node has been gone for long: make room. Its old frames would be believed again, so only then."""
+        self._senders.pop(node, None)
+
+    def open(self, datagram: bytes, now: float) -> Opened | Refusal:
+        """What a datagram says, or why it is not believed; counted in ``refused``."""
+        outcome = self._open(datagram, now)
+        if isinstance(outcome, Refusal):
+            self.refused[outcome] += 1
+        return outcome
+
+    def _open(self, datagram: bytes, now: float) -> Opened | Refusal:
+        if not HEADER.size + TAG_BYTES <= len(datagram) <= FRAME_BYTES_MAX:
+            return Refusal.MALFORMED
+        header = datagram[: HEADER.size]
+        version, _, key_id, node, epoch, instance, counter = HEADER.unpack(header)
+        if version != VERSION:
+            return Refusal.VERSION
+        key = self._keyring.get(key_id)
+        if key is None:
+            return Refusal.UNKNOWN_KEY
+        life = Life(node, epoch, instance)
+        known = self._senders.get(node)
+        sender = known
+        if known is None or known.life != life:
+            if known is not None and epoch <= known.life.epoch:
+                return Refusal.STALE
+            if not self._may_knock(now):
+                return Refusal.FLOODED
+            sender = _Sender(life)
+        assert sender is not None
+        if not sender.fresh(counter):
+            return Refusal.REPLAYED
+        made = sender.ciphers.get(key_id) or cipher(key, self._cell, life)
+        try:
+            payload = made.decrypt(_NONCE.pack(counter), datagram[HEADER.size :], header)
+        except InvalidTag:
+            return Refusal.FORGED
+        # Proven: only now may anything be kept of it.
+        if sender is not known:
+            if known is None and len(self._senders) >= SENDERS_MAX:
+                return Refusal.FLOODED
+            self._senders[node] = sender
+        sender.ciphers[key_id] = made
+        sender.use(counter)
+        return Opened(life, counter, payload)
+
+    def _may_knock(self, now: float) -> bool:
+        """One more stranger's frame may be looked at: a token bucket of a second."""
+        self._allowance = min(STRANGERS_PER_S, self._allowance + (now - self._allowance_at) * STRANGERS_PER_S)
+        self._allowance_at = now
+        if self._allowance < 1.0:
+            return False
+        self._allowance -= 1.0
+        return True
