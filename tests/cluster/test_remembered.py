@@ -155,8 +155,8 @@ def test_a_node_that_did_not_go_is_current_again_without_its_age(cluster: Cluste
 
 
 def test_what_does_not_come_back_is_forgotten(cluster: Cluster) -> None:
-    a, _, keys = restarted(cluster, **{"peer.purge_s": 4})
-    eventually(lambda: not remembered(a), why="purge_s has passed")
+    a, _, keys = restarted(cluster, **{"peer.purge_s": 8})
+    eventually(lambda: not remembered(a), 30.0, why="purge_s has passed")
     assert ask(a, "/query_by_hash", **BODY, seq_hashes=[key.hex() for key in keys])[0] == {}
 
 

@@ -63,7 +63,7 @@ def compiler() -> str:
 def run(program: Path, seed: int, steps: int = STEPS, readers: str = "alone") -> str:
     """What it says differs; empty when nothing does."""
     command = [str(program), str(seed), str(steps), readers]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=140, check=False)
     return "" if ended.returncode == 0 else ended.stderr[-4000:] or f"it ended with {ended.returncode}"
 
 
