@@ -55,6 +55,8 @@ WINDOW: Final = (0.1, 1.1)
 """Blocks this old are read, as shares of the owner's slots: from known at the reader to probably evicted."""
 RECENT: Final = READER_SLOTS + 2 * BATCH * READERS
 """A reader does not ask for blocks that it asked for so few blocks ago: they may still be in its agent."""
+TRIES: Final = 256
+WAIT_S: Final = 0.001
 DEADLINE_MS: Final = 5_000
 STUCK_S: Final = 60.0
 QUICK_GOSSIP: Final = {"peer.hold_ms": "0", "peer.flush_ms": "10"}
@@ -251,10 +253,10 @@ class Reader(threading.Thread):
                 cache = client.open(layout_of(BLOCK_BYTES, "stress"))
                 region = cache.map_region(fd, slots=BATCH)
                 buffers = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(BATCH)]
-                while not self.stopping.is_set():
-                    keys = self._choose()
+                while keys := self._choose():
                     self._judge(keys, buffers, cache.get_statuses(keys, buffers, DEADLINE_MS))
-                    keys = self._choose()
+                    if not (keys := self._choose()):
+                        break
                     job = cache.load(keys, region, range(BATCH), deadline_ms=DEADLINE_MS)
                     results = client.poll(4 * DEADLINE_MS)
                     if [result.job_id for result in results] != [job] or results[0].lost:
@@ -264,11 +266,17 @@ class Reader(threading.Thread):
             self.error = error
 
     def _choose(self) -> list[bytes]:
-        newest = self._written.value
-        young, old = (newest - int(share * OWNER_SLOTS) for share in WINDOW)
+        """Blocks that this reader has not asked for lately; none when it is to stop."""
         recent = set(self._recent)
         chosen: list[int] = []
+        tries = 0
         while len(chosen) < BATCH:
+            if tries % TRIES == 0:
+                # What there is may all be in `recent` already: then the writer has to go on first.
+                if self.stopping.wait(WAIT_S if tries else 0.0):
+                    return []
+                young, old = (self._written.value - int(share * OWNER_SLOTS) for share in WINDOW)
+            tries += 1
             number = self._rng.randrange(max(0, old), max(BATCH * 2, young)) // READERS * READERS + self._number
             if number not in recent:
                 recent.add(number)

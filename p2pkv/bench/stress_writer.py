@@ -36,23 +36,25 @@ def block_of(key: bytes) -> bytes:
 
 
 class Counter:
-    """How many blocks have been written: 8 bytes of a file that both processes map."""
+    """How many blocks have been written: 8 bytes of a file that both processes map.
+
+    One aligned word, read and written as one: struct's pack_into would zero it first, and a reader would see that.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             path.write_bytes(bytes(COUNTER.size))
         with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), COUNTER.size)
+            self._word = memoryview(mmap.mmap(file.fileno(), COUNTER.size)).cast("Q")
 
     @property
     def value(self) -> int:
         """The count."""
-        number: int = COUNTER.unpack_from(self._memory)[0]
-        return number
+        return self._word[0]
 
     @value.setter
     def value(self, number: int) -> None:
-        COUNTER.pack_into(self._memory, 0, number)
+        self._word[0] = number
 
 
 class Writer(threading.Thread):
