@@ -281,7 +281,7 @@ def _quick_by_hash(agent: Agent) -> Callable[[bytes], tuple[bytes, Headers]]:
 
     def answer(body: bytes) -> tuple[bytes, Headers]:
         found, age_s = _by_hash(agent, decode(body))
-        return encode(found), [(b"age", b"%d" % age_s)] if age_s else []
+        return encode(found), [(name.encode(), value.encode()) for name, value in _age(age_s).items()]
 
     return answer
 

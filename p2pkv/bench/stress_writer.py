@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import struct
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from p2pkv.errors import P2PKVError
 
 BLOCK_BYTES: Final = 64 << 10
 BATCH: Final = 16
-COUNTER: Final = struct.Struct("<Q")
+COUNTER_BYTES: Final = 8
 
 
 def key_of(number: int) -> bytes:
@@ -43,9 +42,9 @@ class Counter:
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            path.write_bytes(bytes(COUNTER.size))
+            path.write_bytes(bytes(COUNTER_BYTES))
         with path.open("r+b") as file:
-            self._word = memoryview(mmap.mmap(file.fileno(), COUNTER.size)).cast("Q")
+            self._word = memoryview(mmap.mmap(file.fileno(), COUNTER_BYTES)).cast("Q")
 
     @property
     def value(self) -> int:
