@@ -28,8 +28,8 @@ PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 UNIT := not e2e and not cluster and not nixl and not root and not deep
 
 # The directories too: a file that is added or removed changes them.
-NATIVE_SOURCES := CMakeLists.txt p2pkv/native p2pkv/index/core \
-  $(wildcard p2pkv/native/* p2pkv/index/core/* third_party/xxhash/*)
+NATIVE_SOURCES := CMakeLists.txt p2pkv/native p2pkv/index/core p2pkv/gossip/core p2pkv/gossip/simulator \
+  $(wildcard p2pkv/native/* p2pkv/index/core/* p2pkv/gossip/core/* p2pkv/gossip/simulator/* third_party/xxhash/*)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1

@@ -317,6 +317,14 @@ class PrefixIndex:
         """For native code: a capsule through which it asks this index without Python (``core/lookup.hpp``)."""
         return self._core.lookup
 
+    @property
+    def entries(self) -> object:
+        """For native code: a capsule through which it writes this index without Python (``core/entries.hpp``).
+
+        Keep the index for as long as it is used.
+        """
+        return self._core.entries
+
     def holders(self, keys: Buffer, *, limit: int = HOLDERS_MAX, start: int | None = None) -> Holders:
         if start is None:
             start = next(self._turn) % max(1, self._core.top)

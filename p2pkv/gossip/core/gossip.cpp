@@ -14,6 +14,7 @@ constexpr double kGraceS = 1.0;  // a loaded loop reads everything that waits in
 constexpr double kHellosPerS = 2'000;
 constexpr std::size_t kLogTail = 512;
 constexpr std::size_t kRecent = 256;
+constexpr double kFlushPerTipS = 0.04;
 constexpr int kLeaves = 3;  // a goodbye may be lost
 constexpr double kSayAgainS = 30.0;
 constexpr std::size_t kSaidMax = 1'024;
@@ -241,7 +242,9 @@ void Gossip::broadcast(const Payload& payload, bool tips) {
     }
     if (!tipped) {
       Tip chosen[kTipsPerDelta];
-      const std::size_t count = std::min(recent_.size(), kTipsPerDelta);
+      // The longer until the next delta would show a loss, the more tips are worth their bytes.
+      const auto worth = static_cast<std::size_t>(flush_s() / kFlushPerTipS + 0.5);
+      const std::size_t count = std::min({recent_.size(), kTipsPerDelta, worth});
       for (std::size_t i = 0; i < count; ++i) chosen[i] = recent_[random_.below(recent_.size())];
       tipped = with_tips(payload, chosen, count);
     }

@@ -72,10 +72,12 @@ struct alignas(64) Member {
   ContactId contact = kNoContact;
   double since = 0;          // of the state
   double card_asked = -kNever;
+  double rtt_s = 0.001;      // of introductions, the shortest
   double refused_at = -kNever;  // a snapshot or its log was
   std::uint32_t nacks = 0;   // since the view last moved
   std::uint32_t wants = 0;   // likewise
   std::uint32_t want_id = 0;
+  bool has_rtt = false;
   bool has_card = false;
   std::string card;
 

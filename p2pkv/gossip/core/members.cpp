@@ -13,7 +13,7 @@ constexpr double kHelloMostS = 4.0;  // a member that comes back is found within
 constexpr double kOwnAddressS = 300.0;  // it may be given to another node
 constexpr double kAnswersPerS = 4'000;
 constexpr double kRenewAgainS = 10.0;
-constexpr double kCardAgainS = 1.0;
+constexpr double kRttMostS = 0.5;
 constexpr double kBlameShare = 0.25;
 constexpr std::size_t kBlameLeast = 3;
 
@@ -194,6 +194,14 @@ void Gossip::introduce(double now, const Life& from, Standing standing, std::str
     changed();
   }
   Member& member = *members_[slot];
+  for (const ContactId id : {contact, contacts_.find(source)}) {
+    // Of the last HELLO that it may be the answer to: never less than the round trip, but for an answer to an older one.
+    const double took = id == kNoContact ? kNever : now - contacts_[id].sent_at;
+    if (took < kRttMostS && (took < member.rtt_s || !member.has_rtt)) {
+      member.rtt_s = took;
+      member.has_rtt = true;
+    }
+  }
   const auto protocol = std::min(hello.protocol_max, settings_.protocol_max);
   if (member.contact != contact || member.protocol != protocol) {
     member.contact = contact;

@@ -1,6 +1,7 @@
 // Who holds what: the streams of others, and what is done about their holes.
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "gossip.hpp"
 
@@ -9,8 +10,11 @@ namespace p2pkv::gossip {
 namespace {
 
 constexpr double kReorderS = 0.002;   // a gap may close by itself
-constexpr double kNackAgainS = 0.010;  // doubles
-constexpr std::uint32_t kNacksMost = 6;
+constexpr double kNackAgainS = 0.008;  // at least, and two and a half round trips; grows by a fifth
+constexpr double kNackAgainMostS = 0.040;
+constexpr std::uint32_t kHearsayNacksMost = 4;
+constexpr double kNackGrowth = 1.2;
+constexpr std::uint32_t kNacksMost = 8;
 constexpr std::uint64_t kNackSpan = 64;
 constexpr std::uint64_t kRepeatsMost = 32;
 constexpr double kWantAgainS = 1.0;
@@ -103,7 +107,7 @@ void Gossip::settle(double now, std::uint32_t slot, const Outcome& outcome) {
 void Gossip::needs_repair(double now, std::uint32_t slot) {
   Member& member = *members_[slot];
   const Replica& replica = member.replica;
-  if (!replica.diverged() && replica.hole(member.hint).size() == 0) {
+  if (!replica.diverged() && replica.hole(member.hint).size() == 0 && replica.unconfirmed() == 0) {
     member.repair_at = kNever;
     member.hint = 0;
     return;
@@ -122,10 +126,13 @@ void Gossip::repair(double now, std::uint32_t slot) {
   member.repair_at = kNever;
   if (member.state == State::kLeft || leaving_) return;
   const Replica& replica = member.replica;
-  const Hole hole = replica.hole(member.hint);
-  if (hole.size() == 0 && !replica.diverged()) return;
+  Hole hole = replica.hole(member.hint);
   const bool hearsay = !replica.diverged() && !replica.behind();
-  if (hearsay && (member.nacks >= 2 || hole.size() > kNackSpan)) {
+  if (hole.size() == 0 && !replica.diverged()) {
+    if (replica.unconfirmed() == 0) return;
+    hole = {replica.unconfirmed(), replica.unconfirmed()};
+  }
+  if (hearsay && (member.nacks >= kHearsayNacksMost || hole.size() > kNackSpan)) {
     member.hint = 0;  // what the owner does not say itself in time is not worth more
     return;
   }
@@ -134,11 +141,13 @@ void Gossip::repair(double now, std::uint32_t slot) {
     wanting_.push_back(slot);
     return;
   }
-  std::uint32_t ask = member.nacks % 2 == 0 ? slot : random_member(slot);
+  // What lies beyond the owner's own word needs its word, whoever else may have it.
+  std::uint32_t ask = member.nacks % 2 == 0 || hole.to > replica.said() ? slot : random_member(slot);
   if (ask == 0) ask = slot;
   ++counts.nacks_out;
   send(members_[ask]->contact, encode(Nack{member.life, hole.from, hole.to}));
-  repair_from(slot, now + kNackAgainS * static_cast<double>(1U << member.nacks) * random_.within(0.8, 1.2));
+  const double again = std::clamp(2.5 * members_[ask]->rtt_s, kNackAgainS, kNackAgainMostS) * std::pow(kNackGrowth, member.nacks);
+  repair_from(slot, now + again * random_.within(0.8, 1.2));
   ++member.nacks;
 }
 

@@ -55,8 +55,10 @@ class Replica {
   bool diverged() const { return diverged_; }
   /// At the furthest point that the owner has named.
   bool current() const { return proven() && seq_ == said_seq_; }
+  /// The last of the deltas that only others have repeated: the view waits for the owner's word. 0: it does not.
+  std::uint64_t unconfirmed() const { return held_.empty() || held_.rbegin()->first <= said_seq_ ? 0 : held_.rbegin()->first; }
   /// Deltas are missing, by the owner's own word.
-  bool behind() const { return said_seq_ > seq_ || !held_.empty(); }
+  bool behind() const { return said_seq_ > seq_; }
   /// The first deltas that are missing, when the log is known to reach `known`.
   Hole hole(std::uint64_t known) const;
 

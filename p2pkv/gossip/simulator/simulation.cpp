@@ -653,6 +653,15 @@ double Simulation::known_after(std::uint32_t i) const {
   return dead.last_hidden - dead.crashed_at;
 }
 
+std::uint32_t Simulation::shown_by(std::uint32_t i) const {
+  std::uint32_t count = 0;
+  for (const auto& node : nodes_) {
+    const gossip::Member* member = node->up && node->index != i ? node->core->member(nodes_[i]->id) : nullptr;
+    count += member != nullptr && !member->hidden;
+  }
+  return count;
+}
+
 void Simulation::dump() const {
   for (const auto& node : nodes_) {
     std::printf("node %u %s epoch %u seq %llu\n", node->index, node->up ? "up" : "down", node->epoch,

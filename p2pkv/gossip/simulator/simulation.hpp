@@ -72,6 +72,8 @@ class Simulation {
  public:
   explicit Simulation(const Options& options);
   ~Simulation();
+  Simulation(const Simulation&) = delete;
+  Simulation& operator=(const Simulation&) = delete;
 
   double now() const { return now_; }
   void run(double seconds);
@@ -95,6 +97,8 @@ class Simulation {
   bool up(std::uint32_t i) const;
   /// Seconds from a node's crash until the last of the others hid it; -1 while somebody shows it.
   double known_after(std::uint32_t i) const;
+  /// How many of the others show it.
+  std::uint32_t shown_by(std::uint32_t i) const;
   /// Every node shows every other as it is. `why`: the first that does not.
   bool converged(std::string* why = nullptr) const;
   std::uint64_t digest() const { return trace_; }  // of all that happened: equal seeds, equal bytes

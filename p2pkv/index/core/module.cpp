@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "entries.hpp"
 #include "lookup.hpp"
 #include "prefix_index.hpp"
 #include "token_chain.hpp"
@@ -291,6 +292,56 @@ std::size_t holders_of_all(void* index, const std::uint64_t* keys, std::size_t c
   return found;
 }
 
+/// What the gossip core writes to (see entries.hpp). Errors become answers: no exception crosses to another extension.
+class IndexEntries final : public p2pkv::index::Entries {
+ public:
+  explicit IndexEntries(PrefixIndex& index) : index_(index) {}
+
+  bool apply(std::uint32_t slot, const void* keys, std::size_t count, std::uint32_t tier) override {
+    return within_bounds([&] { index_.apply(slot, Keys(keys, count), tier); });
+  }
+  bool replace(std::uint32_t slot, const std::vector<p2pkv::index::TierKeys>& groups) override {
+    return within_bounds([&] {
+      std::vector<PrefixIndex::Group> taken;
+      taken.reserve(groups.size());
+      for (const auto& group : groups) taken.emplace_back(group.tier, Keys(group.keys, group.count));
+      index_.replace(slot, taken);
+    });
+  }
+  void remove(std::uint32_t slot) override {
+    within_bounds([&] { index_.remove_node(slot); });
+  }
+  void hide(std::uint32_t slot, bool hidden) override {
+    within_bounds([&] { index_.hide(slot, hidden); });
+  }
+  std::uint64_t checksum(std::uint32_t slot) const override { return index_.checksum(slot); }
+  std::size_t count(std::uint32_t slot) const override { return index_.count(slot); }
+  void list(std::uint32_t slot, std::vector<std::uint64_t> (&by_tier)[4]) const override {
+    auto keys = index_.snapshot(slot);
+    for (std::size_t t = 0; t < 4; ++t) by_tier[t] = std::move(keys[t]);
+  }
+
+ private:
+  template <typename Work>
+  static bool within_bounds(Work&& work) {
+    try {
+      work();
+      return true;
+    } catch (const std::exception&) {  // IndexFull, or no memory: slots and tiers are the caller's own
+      return false;
+    }
+  }
+
+  PrefixIndex& index_;
+};
+
+nb::object entries(nb::handle self) {
+  auto* made = new IndexEntries(*nb::cast<PrefixIndex*>(self));
+  return nb::capsule(static_cast<p2pkv::index::Entries*>(made), p2pkv::index::kEntriesCapsule, [](void* p) noexcept {
+    delete static_cast<IndexEntries*>(static_cast<p2pkv::index::Entries*>(p));
+  });
+}
+
 nb::object lookup(nb::handle self) {
   auto* table = new p2pkv::index::Lookup{nb::cast<PrefixIndex*>(self), holders_of_all};
   return nb::capsule(table, p2pkv::index::kLookupCapsule,
@@ -359,7 +410,8 @@ NB_MODULE(_core, m) {
       .def("count", &PrefixIndex::count, "node"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("top", &PrefixIndex::top, nb::call_guard<nb::gil_scoped_release>())
       .def("stats", stats)
-      .def_prop_ro("lookup", lookup);
+      .def_prop_ro("lookup", lookup)
+      .def_prop_ro("entries", entries);
 
   m.def("entries_checksum", entries_checksum, "keys"_a, "tier"_a);
   m.def("token_chain", chained<token_chain>, "tokens"_a, "block_tokens"_a, "seed"_a);
