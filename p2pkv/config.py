@@ -62,24 +62,28 @@ class Store(Section, frozen=True):
 
 
 class Peer(Section, frozen=True):
-    """The TCP port for other agents, and how they are found."""
+    """The port for other agents (TCP and UDP), and how they are found."""
 
-    host: str = "127.0.0.1"  # bind address. Anything but loopback needs insecure: peers are not authenticated yet
+    host: str = "127.0.0.1"  # bind address. Anything but loopback needs keys, or insecure
     port: int = 7841  # 0 = any free port
     advertise: str = ""  # host[:port] that peers should dial; empty = host:port as bound
     cell: str = "default"  # only agents of one cell talk to each other
     seeds: tuple[str, ...] = ()  # host:port of some members; any one alive is enough
     dns: str = ""  # host:port of a headless service; every address behind it is a seed, looked up again every 10 s
     zeroconf: bool = False  # find seeds on the LAN by multicast DNS
-    insecure: bool = False  # allow a non-loopback bind without peer authentication
-    heartbeat_ms: int = 500  # of an idle ownership stream; 1,000 nodes x 2/s = 2,000 tiny frames/s
+    keys: str = ""  # path of the cell's key file (`p2pkv keys generate`), read again when it changes; empty = no key
+    insecure: bool = False  # allow a non-loopback bind without a key: whoever reaches the port can join
+    heartbeat_ms: int = 200  # of an idle ownership stream
     flush_ms: int = 100  # ownership changes are batched this long
+    frames_per_s: int = 5_000  # a node sends about so many at most: heartbeat and flush stretch with the cell (200 ms
+    # at 1,000 nodes), and silence with the heartbeat
     hold_ms: int = 200  # changes of one block within this time are sent as one
-    silence_ms: int = 2_500  # nothing heard for this long: the peer's entries are hidden
+    silence_ms: int = 3_000  # nothing heard for this long, and for 15 heartbeats: the peer's entries are hidden
     purge_s: float = 60.0  # hidden for this long: its entries are dropped
     remember_s: float = 300.0  # what is known of peers is written to state_dir this often, and answers HTTP questions
     # after a restart until they are back; 0 = never
     members_max: int = 1_024
+    protocol_max: int = 3  # speak no later protocol; 2 while a cell is rolled back to the version before
     handshake_ms: int = 2_000  # a connection that has not introduced itself by then is closed
     connections_max: int = 8_192  # accepted connections, control and data
     send_queue: str = "64MiB"  # a peer that reads slower than this much behind is disconnected
@@ -317,6 +321,8 @@ def _check_values(config: Config) -> None:
     within("peer.flush_ms", config.peer.flush_ms, 1, 10_000)
     within("peer.hold_ms", config.peer.hold_ms, 0, 10_000)
     within("peer.silence_ms", config.peer.silence_ms, 3 * config.peer.heartbeat_ms, 600_000)
+    within("peer.frames_per_s", config.peer.frames_per_s, 10, 1_000_000)
+    within("peer.protocol_max", config.peer.protocol_max, 2, 3)
     within("peer.purge_s", config.peer.purge_s, 1, 86_400)
     if config.peer.remember_s:
         within("peer.remember_s", config.peer.remember_s, 0.1, 3_600)
@@ -346,9 +352,9 @@ def _check_values(config: Config) -> None:
         parse_address(seed, key="peer.seeds")
     if config.peer.dns:
         parse_address(config.peer.dns, key="peer.dns")
-    if not is_loopback(config.peer.host) and not config.peer.insecure:
+    if not is_loopback(config.peer.host) and not config.peer.keys and not config.peer.insecure:
         raise ConfigError(
-            "peer.host is not loopback, and peers are not authenticated",
+            "peer.host is not loopback, and the cell has no key",
             host=config.peer.host,
-            hint="On a network you trust, set peer.insecure: true (or --insecure).",
+            hint="Set peer.keys (`p2pkv keys generate --file PATH`); on a network you trust, peer.insecure: true.",
         )

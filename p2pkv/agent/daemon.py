@@ -158,6 +158,7 @@ class Agent:
             card=Card(self.node, self.identity.epoch, Address("", 0), "", host_id(), [], ["tcp"]),
             log=self.ownership,
             index=self.index,
+            renew=self.identity.renew,
         )
         self.transports = Transports(
             settings=config.transport,
@@ -262,7 +263,7 @@ class Agent:
             self.transports.peer_gone(int(peer.node))
 
     def _heard_at(self, node: int) -> float:
-        """When a peer was last heard from on its control connection."""
+        """When a peer was last heard from."""
         peer = self.network.peer(node)
         if peer is None or peer.age_ms is None:
             return float("-inf")

@@ -73,12 +73,7 @@ class Identity:
             ) from error
         try:
             saved = cls._next(path)
-            temporary = path.with_suffix(".new")
-            with open(temporary, "wb") as file:
-                file.write(msgspec.json.encode(saved))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            cls._write(path, saved)
         except OSError as error:
             os.close(lock_fd)
             raise ConfigError("cannot write the node's identity", path=path, reason=error.strerror) from error
@@ -100,6 +95,34 @@ class Identity:
                 "the node's identity file is damaged", path=path, hint="Delete it: this node then joins as a new one."
             ) from error
         return _Saved(saved.node, saved.epoch + 1)
+
+    def renew(self, beyond: int) -> int:
+        """Take an epoch later than ``beyond``, which others know of this node, and keep it.
+
+        Raises:
+            ConfigError: it cannot be written, or there is none.
+        """
+        if beyond >= (1 << 32) - 1:
+            raise ConfigError(
+                "no epoch is left for this node", hint="Delete its state_dir: it then joins as a new one."
+            )
+        self.epoch = max(self.epoch, beyond) + 1
+        if self.directory is not None:
+            path = self.directory / "identity.json"
+            try:
+                self._write(path, _Saved(f"{int(self.node):016x}", self.epoch))
+            except OSError as error:
+                raise ConfigError("cannot write the node's identity", path=path, reason=error.strerror) from error
+        return self.epoch
+
+    @staticmethod
+    def _write(path: Path, saved: _Saved) -> None:
+        temporary = path.with_suffix(".new")
+        with open(temporary, "wb") as file:
+            file.write(msgspec.json.encode(saved))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
     def close(self) -> None:
         """Let another agent have the directory."""

@@ -22,8 +22,8 @@ from p2pkv.gossip.views import PeerView
 from p2pkv.index.dump import NOTE_BYTES_MAX, Interrupted, Word, dump, load
 from p2pkv.index.prefix import NodeMatch, PrefixIndex
 from p2pkv.types import Layout, NodeId
-from p2pkv.wire.frame import FrameDecoder
-from p2pkv.wire.peer import CODEC, Advert, Card
+from p2pkv.wire.codec import pack
+from p2pkv.wire.peer import Card, unpack_card
 
 FILE: Final = "index.dump"
 AGE_MAX_S: Final = 3_600.0
@@ -227,13 +227,10 @@ def _owners(peers: Iterable[PeerView], now: float) -> Iterator[tuple[int, Word]]
 
 
 def _note(card: Card) -> bytes:
-    return CODEC.encode(Advert(card))
+    return pack(card)
 
 
 def _card(note: bytes) -> Card | None:
     with contextlib.suppress(RemoteProtocolError):
-        for frame in FrameDecoder(NOTE_BYTES_MAX).feed(note):
-            message = CODEC.decode(frame)
-            if isinstance(message, Advert):
-                return message.card
+        return unpack_card(note)
     return None

@@ -1,9 +1,9 @@
 """``p2pkv sim``: a cell of any size under virtual time, in the protocol core that ships.
 
 The scenario is a value (:class:`Scenario`), so that the report carries it and ``--replay`` runs it again: the same
-scenario gives the same bytes, which ``trace`` proves. Sizes: a large cell keeps the checksum of every set instead of the
-set (a wrong view shows in it all the same), and no replay windows; whole sets and windows are for small ones, and for
-the chaos (:func:`run_chaos`).
+scenario gives the same bytes, which ``trace`` proves. A large cell keeps the checksum of every set instead of the set
+(a wrong view shows in it all the same), and no replay windows; whole sets and windows are for small ones, and for the
+chaos (:func:`run_chaos`).
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class Run:
 
     def row(self, case: str, value: float | None, unit: str) -> None:
         """Note a figure."""
-        self.rows.append(Sample(case=case, value=report.rounded(value if value is not None else float("nan")), unit=unit))
+        self.rows.append(
+            Sample(case=case, value=report.rounded(value if value is not None else float("nan")), unit=unit)
+        )
 
     def say(self, what: str) -> None:
         """Progress, with both clocks."""
@@ -151,7 +153,10 @@ class Run:
         after = cell.results
         cell.run(3.0)
         seconds = scenario.load_s * scenario.nodes
-        received = {name: (after[name] - before[name]) / seconds for name in ("frames", "frame_bytes", "letter_bytes", "useful_bytes")}
+        received = {
+            name: (after[name] - before[name]) / seconds
+            for name in ("frames", "frame_bytes", "letter_bytes", "useful_bytes")
+        }
         self.visible_ms = cell.visible_ms
         p99 = percentile(self.visible_ms, 99)
         over = (received["frame_bytes"] + received["letter_bytes"]) / max(received["useful_bytes"], 1e-9)
@@ -227,7 +232,11 @@ class Run:
             cell.run(1.0)
             waited += 1.0
             self.say("apart")
-        self.row("of the other half, shown after the partition", float(max(cell.alive_by_node) - (scenario.nodes - half - 1)), "nodes")
+        self.row(
+            "of the other half, shown after the partition",
+            float(max(cell.alive_by_node) - (scenario.nodes - half - 1)),
+            "nodes",
+        )
         cell.heal()
         healed = self.until_right(60.0, "healing")
         self.claims.append(at_most("sim.partition_heals", healed, 10, "s", "all views right after a partition"))
@@ -261,7 +270,9 @@ class Run:
         self.row("took", time.monotonic() - self._began, "s")
         if self.scenario.pair_seconds:
             self.claims.append(
-                at_least("sim.pair_seconds", results["pair_seconds"], self.scenario.pair_seconds, "", "healthy pairs watched")
+                at_least(
+                    "sim.pair_seconds", results["pair_seconds"], self.scenario.pair_seconds, "", "healthy pairs watched"
+                )
             )
         self.claims += [
             at_most("sim.false_marks", results["false_marks"], 0, "", "healthy nodes that somebody marked"),
@@ -299,8 +310,14 @@ def run_chaos(seeds: int, *, first: int = 1, progress: Progress | None = None) -
         what, looks, _ = chaos(seed)
         checks += looks
         if what:
-            broken.append(Sample(case=f"seed {seed}: {what} (again: p2pkv sim --chaos 1 --seed {seed})", value=None, unit=""))
+            broken.append(
+                Sample(case=f"seed {seed}: {what} (again: p2pkv sim --chaos 1 --seed {seed})", value=None, unit="")
+            )
         if seed % 100 == 0:
             progress.say(f"chaos: {seed - first + 1} seeds, {len(broken)} broke a rule")
-    rows = [*broken, Sample(case="seeds", value=float(seeds), unit=""), Sample(case="looks at a view", value=float(checks), unit="")]
+    rows = [
+        *broken,
+        Sample(case="seeds", value=float(seeds), unit=""),
+        Sample(case="looks at a view", value=float(checks), unit=""),
+    ]
     return report.make_report("sim", rows, [at_most("sim.chaos", len(broken), 0, "", "seeds that broke a rule")])

@@ -1,5 +1,5 @@
-"""The two curves of a simulated cell as one SVG: how many changes are visible everywhere, and how many still show a dead
-node, over time. Written by hand: two polylines need no library."""
+"""The two curves of a simulated cell as one SVG, over time: how many changes are visible everywhere, and how many nodes
+still show a dead one. Written by hand: two polylines need no library."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def svg(title: str, visible_ms: list[float], detection: list[tuple[float, float]
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{2 * HEIGHT}" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(panels)}</svg>\n'
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        f"{''.join(panels)}</svg>\n"
     )
 
 
@@ -42,12 +43,14 @@ def panel(title: str, unit: str, curve: Iterable[tuple[float, float]], top: int)
     most = max((x for x, _ in points), default=1.0) or 1.0
     at = [(LEFT + INNER_W * x / most, top + TOP + INNER_H * (1 - y)) for x, y in points]
     base = top + TOP + INNER_H
+    ticks = [(LEFT + INNER_W * i / 5, most * i / 5) for i in range(6)]
+    right = LEFT + INNER_W
     marks = "".join(
-        f'<line x1="{LEFT + INNER_W * i / 5}" y1="{base}" x2="{LEFT + INNER_W * i / 5}" y2="{base + 5}" stroke="black"/>'
-        f'<text x="{LEFT + INNER_W * i / 5}" y="{base + 18}" text-anchor="middle">{most * i / 5:.3g}</text>'
-        for i in range(6)
+        f'<line x1="{x}" y1="{base}" x2="{x}" y2="{base + 5}" stroke="black"/>'
+        f'<text x="{x}" y="{base + 18}" text-anchor="middle">{value:.3g}</text>'
+        for x, value in ticks
     ) + "".join(
-        f'<line x1="{LEFT}" y1="{base - INNER_H * i / 4}" x2="{LEFT + INNER_W}" y2="{base - INNER_H * i / 4}" stroke="#ddd"/>'
+        f'<line x1="{LEFT}" y1="{base - INNER_H * i / 4}" x2="{right}" y2="{base - INNER_H * i / 4}" stroke="#ddd"/>'
         f'<text x="{LEFT - 8}" y="{base - INNER_H * i / 4 + 4}" text-anchor="end">{25 * i} %</text>'
         for i in range(5)
     )

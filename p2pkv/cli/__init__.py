@@ -20,6 +20,7 @@ COMMANDS: Final[dict[str, str]] = {
     "lookup": "Ask an agent who holds a prefix.",
     "doctor": "Say what works on this host, and what to do about what does not.",
     "bench": "Measure against memcpy and raw sockets, in the same run.",
+    "keys": "Make and rotate the keys of a cell.",
     "sim": "Simulate a cell: visibility, deaths, partitions, restarts, chaos.",
     "demo": "One prefix, two vLLM replicas: cold, pulled, recomputed.",
 }

@@ -33,13 +33,17 @@ def sim(
     frames_per_s: Annotated[
         float, typer.Option(help="A node sends no more than about this: large cells flush and beat less often.")
     ] = 5_000.0,
-    changes_per_s: Annotated[float, typer.Option("--changes", help="Ownership changes of each node per second.")] = 780.0,
+    changes_per_s: Annotated[
+        float, typer.Option("--changes", help="Ownership changes of each node per second.")
+    ] = 780.0,
     load_s: Annotated[float, typer.Option("--load", help="Seconds of changes; 0: none.")] = 5.0,
     pair_seconds: Annotated[float, typer.Option(help="Watch for false marks for so many.")] = 0.0,
     stall: Annotated[str, typer.Option(metavar="NODES:SECONDS", help="While watching, so many stand still.")] = "",
     partition_s: Annotated[float, typer.Option("--partition", help="Half against half, for so many seconds.")] = 0.0,
     restarts: Annotated[int, typer.Option("--restart", help="Restarts of all nodes at once.")] = 0,
-    chaos: Annotated[int, typer.Option(help="Instead: so many seeds of small cells with everything that can go wrong.")] = 0,
+    chaos: Annotated[
+        int, typer.Option(help="Instead: so many seeds of small cells with everything that can go wrong.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 1,
     replay: Annotated[Path | None, typer.Option(help="Run the scenario of a report that --json wrote.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write visibility and detection over time as SVG.")] = None,
@@ -101,4 +105,6 @@ def scenario_in(path: Path) -> bench.Scenario:
         return msgspec.json.decode(text.removeprefix("scenario "), type=bench.Scenario)
     except (OSError, msgspec.DecodeError, KeyError, TypeError, StopIteration) as error:
         hint = "Write one with `p2pkv sim --json`."
-        raise InvalidArgument("this is no report of a simulation", path=path, reason=str(error)[:200], hint=hint) from error
+        raise InvalidArgument(
+            "this is no report of a simulation", path=path, reason=str(error)[:200], hint=hint
+        ) from error

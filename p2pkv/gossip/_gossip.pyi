@@ -11,10 +11,9 @@ PROTOCOL_MAX: int
 KEYS_PER_DELTA: int
 FRAME_BYTES_MAX: int
 
-MemberTuple: TypeAlias = tuple[
-    int, int, int, int, int, float, float, str, bytes, int, bool, bool, int
-]
-"""node, epoch, instance, slot, state, since, last heard, address, card, seq, current, knows us, protocol."""
+MemberTuple: TypeAlias = tuple[int, int, int, int, int, float, float, str, bytes, int, float, bool, int, int, float]
+"""node, epoch, instance, slot, state, since, last heard, address, card, seq, proven at, knows us, protocol, card
+number, round-trip time (-1: unknown)."""
 
 class ReplayWindow:
     """Which frame counters of one life have been used."""

@@ -49,6 +49,8 @@ class ControlConnection(asyncio.Protocol):
         self._queued_bytes = 0
         self._blocked_since: float | None = None
         self._over = False
+        self.used_at = 0.0
+        """When something was last sent or received that somebody needed; the owner's to keep."""
 
     @property
     def over(self) -> bool:

@@ -1,12 +1,7 @@
-"""The peer network on asyncio: sockets, timers and queues around the protocol core.
+"""The peer network on asyncio: sockets, timers and keys around the gossip core.
 
-Thin: it decides nothing. Bytes become frames and go to :class:`~p2pkv.gossip.protocol.PeerProtocol`; what the core
-asks for is done. Everything runs on one event loop's thread, callbacks included; they must not block.
-
-* Accepted connections wait in a lobby until their HELLO has been read, byte for byte and not one more, from the bare
-  socket. Control connections then become asyncio transports; data connections are handed over as sockets.
-* Send queues hold references to frames that all readers share, and are bounded in bytes (``send_queue``) and in time
-  (:data:`BLOCKED_MAX_S`): a reader that falls behind either is disconnected, and gets a checkpoint when it is back.
+Thin: it decides nothing. Frames and letters go to the core (:mod:`p2pkv.gossip._gossip`, ``core/gossip.hpp``); what the
+core asks for is done. Everything runs on one event loop's thread, callbacks included; they must not block.
 """
 
 from __future__ import annotations
@@ -18,45 +13,46 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from p2pkv.config import Peer as PeerSettings
-from p2pkv.config import parse_address, parse_size
-from p2pkv.errors import LocalProtocolError, PeerUnavailable, RemoteProtocolError
-from p2pkv.gossip import net
-from p2pkv.gossip.connection import ControlConnection
+from p2pkv.config import parse_address
+from p2pkv.errors import ConfigError, LocalProtocolError, PeerUnavailable, RemoteProtocolError
+from p2pkv.gossip import datagrams, keyring, net
+from p2pkv.gossip._gossip import Gossip
+from p2pkv.gossip.addresses import at, parse
+from p2pkv.gossip.control import Control
+from p2pkv.gossip.datagrams import Datagrams
 from p2pkv.gossip.discovery import Discovery, from_settings
-from p2pkv.gossip.effects import Changed, Close, Deliver, Dial, Effect, Established, HandOver, Say, Send
+from p2pkv.gossip.keyfile import KeyFile
 from p2pkv.gossip.link import PeerLink
-from p2pkv.gossip.protocol import PeerProtocol
 from p2pkv.gossip.requests import Handler, Requests
-from p2pkv.gossip.views import PeerView
+from p2pkv.gossip.sealed import Life, Opener, Sealer
+from p2pkv.gossip.views import PeerView, State, layout_conflicts
 from p2pkv.index.ownership import OwnershipLog
-from p2pkv.index.prefix import Index
+from p2pkv.index.prefix import PrefixIndex
 from p2pkv.types import NodeId
-from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, Frame
-from p2pkv.wire.peer import CODEC, Address, Card, Hello, PeerError, Welcome
+from p2pkv.wire.codec import pack
+from p2pkv.wire.peer import Address, Card, Hello, unpack_card
 
-HELLO_BYTES_MAX: Final = 1 << 20
-"""Room for a card with every layout an agent may have; what one stranger can make us buffer."""
-ACCEPTS_MAX: Final = 64
-"""Per wake-up of the listener: others on the loop get their turn."""
-ACCEPT_PAUSE_S: Final = 0.1
-"""After a failed accept (out of descriptors): trying again at once would spin."""
+if TYPE_CHECKING:
+    from p2pkv.gossip._gossip import MemberTuple
+
+SLOW_TICK_S: Final = 1.0
+"""How often idle connections, names and the key file are looked at."""
+PORT_TRIES: Final = 16
+"""For port 0: the port that TCP gets may be taken for UDP."""
+DELTAS_PER_FLUSH: Final = 16
+"""2,496 changes at a time: ten times the most that prefills give a node in a flush of 200 ms. The rest waits."""
+OWN_SLOT: Final = 0
 
 log = logging.getLogger("p2pkv.gossip")
 
-
-@dataclass(slots=True)
-class _Guest:
-    """An accepted connection that has not been introduced yet. ``sock`` is None once it belongs to somebody else."""
-
-    task: asyncio.Task[None]
-    sock: socket.socket | None
-    out: bytearray
+_MET, _RENEWED, _SHOWN, _HIDDEN, _LEFT, _PURGED, _CARD, _RENEW, _INFO, _WARNING, _ERROR = range(11)
+_LEVELS: Final = {_INFO: logging.INFO, _WARNING: logging.WARNING, _ERROR: logging.ERROR}
+_STATES: Final = {0: State.UNREACHABLE, 1: State.ALIVE, 2: State.LEFT}
 
 
 class PeerNetwork:
@@ -70,6 +66,8 @@ class PeerNetwork:
             ``flush_ms`` of becoming due.
         index: where other nodes' entries go, under slots that :meth:`node_slot` and :meth:`slot_node` translate.
         sources: where seeds come from; None = what the settings say.
+        renew: gives, and keeps, an epoch after the one it is given, when others know a later life of this node; None =
+            the next number.
     """
 
     def __init__(
@@ -79,10 +77,11 @@ class PeerNetwork:
         cell: str,
         card: Card,
         log: OwnershipLog,
-        index: Index,
+        index: PrefixIndex,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
         sources: Iterable[Discovery] | None = None,
+        renew: Callable[[int], int] | None = None,
     ) -> None:
         self.on_data_connection: Callable[[socket.socket, Hello, bytes], None] | None = None
         """Gets every data connection: a non-blocking socket that is its own from then on, the HELLO that came on it,
@@ -93,24 +92,29 @@ class PeerNetwork:
         self._settings = settings
         self._cell = cell
         self._card = card
+        self._card_number = 1
         self._log = log
         self._index = index
         self._clock = clock
-        self._rng = rng or random.Random()
+        self._rng = rng or random.SystemRandom()
         self._sources = list(sources) if sources is not None else None
-        self._queue_bytes_max = parse_size(settings.send_queue, key="peer.send_queue")
-        self._core: PeerProtocol | None = None
-        self._listener: socket.socket | None = None
+        self._source_numbers: dict[str, int] = {}
+        self._renew = renew
+        self._keys: KeyFile | None = None
+        self._core: Gossip | None = None
+        self._datagrams: Datagrams
+        self._control: Control
         self._port = 0
-        self._connections: dict[int, ControlConnection] = {}
-        self._lobby: dict[int, _Guest] = {}
-        self._dials: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._requests = Requests(self._spawn, self.counters)
         self._timer: asyncio.TimerHandle | None = None
-        self._effects: list[Effect] = []
+        self._timer_at = float("inf")
+        self._slow_at = 0.0
         self._acting = False
+        self._leaving = False
         self._stopping = False
+        self._cards: dict[int, tuple[int, int, Card]] = {}  # by node: instance, number
+        self._conflicts: dict[int, tuple[str, ...]] = {}
 
     # --- life
 
@@ -118,11 +122,16 @@ class PeerNetwork:
         """Bind, listen, and begin to look for others. Returns when peers can connect.
 
         Raises:
-            ConfigError: the port is in use, the host is not an address of this machine, or a seed is malformed.
+            ConfigError: the port is in use, the host is not an address of this machine, the key file is not good, or a
+                seed is malformed.
         """
         settings = self._settings
-        self._listener = await net.listen(settings.host, settings.port)
-        self._port = int(self._listener.getsockname()[1])
+        ring = keyring.public()
+        if settings.keys:
+            self._keys = KeyFile(settings.keys)
+            ring = self._keys.keyring
+        listener, udp = await self._bind()
+        self._port = int(listener.getsockname()[1])
         host, port = settings.host, self._port
         if settings.advertise:
             head, _, tail = settings.advertise.rpartition(":")
@@ -131,15 +140,36 @@ class PeerNetwork:
                 host, port = parse_address(settings.advertise, key="peer.advertise")
             else:
                 host = settings.advertise.removeprefix("[").removesuffix("]")
-        card = msgspec.structs.replace(
-            self._card, address=Address(host, port), instance=self._card.instance or self._rng.getrandbits(63)
-        )
-        self._core = PeerProtocol(
-            settings=settings, cell=self._cell, card=card, log=self._log, index=self._index, rng=self._rng,
-            now=self._clock(),
+        instance = self._card.instance or self._rng.getrandbits(63) | 1
+        self._card = card = msgspec.structs.replace(self._card, address=Address(host, port), instance=instance)
+        now = self._clock()
+        sealer = Sealer(ring, self._cell, self.life)
+        opener = Opener(ring, self._cell, now)
+        self._core = Gossip(
+            {
+                "flush_s": settings.flush_ms / 1e3,
+                "heartbeat_s": settings.heartbeat_ms / 1e3,
+                "silence_s": settings.silence_ms / 1e3,
+                "frames_per_s": settings.frames_per_s,
+                "purge_s": settings.purge_s,
+                "members_max": settings.members_max,
+                "protocol_max": settings.protocol_max,
+            },
+            card.node, card.epoch, instance, at(card.address), self._index.entries, self._log.entries,
+            self._rng.getrandbits(64), now,
         )  # fmt: skip
-        self._listen(True)
-        self._arm()
+        self._control = Control(
+            settings=settings, cell=self._cell, local=self, sealer=sealer, opener=opener, clock=self._clock,
+            requests=self._requests, on_letter=self._take_letter, on_lost=self._connection_lost,
+            on_data=self._take_data, counters=self.counters,
+        )  # fmt: skip
+        self._datagrams = Datagrams(
+            udp, sealer=sealer, opener=opener, clock=self._clock, take=self._take_frame, taken=self._act,
+            counters=self.counters,
+        )  # fmt: skip
+        self._control.listen(listener)
+        self._core.set_card(now, self._card_number, pack(card))
+        self._act()
         try:
             if self._sources is None:
                 self._sources = from_settings(settings, cell=self._cell, card=card)
@@ -149,11 +179,30 @@ class PeerNetwork:
             await self.stop(0.0)
             raise
 
+    async def _bind(self) -> tuple[socket.socket, socket.socket]:
+        settings = self._settings
+        for attempt in range(PORT_TRIES):
+            listener = await net.listen(settings.host, settings.port)
+            try:
+                return listener, datagrams.bind(listener)
+            except OSError as error:
+                listener.close()
+                if settings.port == 0 and attempt < PORT_TRIES - 1:
+                    continue
+                hint = "Another agent runs here? Choose another peer.port, or 0 for any free one."
+                raise ConfigError(
+                    "the peer port is taken for UDP", hint=hint, host=settings.host, port=settings.port,
+                    reason=error.strerror,
+                ) from error  # fmt: skip
+        raise AssertionError("unreachable")
+
     def leave(self) -> None:
         """Say goodbye to everybody: they drop this node's entries at once. Its connections stay until :meth:`stop`, so
         that readers can finish and release what they read; new connections are refused. Idempotent."""
-        if self._core is not None:
-            self._act(self._core.leave(self._clock()))
+        if self._core is not None and not self._leaving:
+            self._leaving = True
+            self._core.leave(self._clock())
+            self._act()
 
     async def stop(self, deadline_s: float = 1.0) -> None:
         """Say goodbye to everybody (if :meth:`leave` has not) and close everything. Idempotent.
@@ -162,32 +211,26 @@ class PeerNetwork:
         """
         if self._stopping:
             return
-        if self._listener is not None:
-            self._listen(False)
-            self._listener.close()
+        self.leave()
         self._stopping = True
         if self._timer is not None:
             self._timer.cancel()
         for source in self._sources or ():
             await source.stop()
-        leaving = list(self._connections.values())
-        if self._core is not None:
-            self._act(self._core.close(self._clock()))
-        tasks = [*self._tasks, *(guest.task for guest in self._lobby.values()), *self._dials.values()]
-        for task in tasks:
+        if self._core is None:
+            return
+        for _ in range(2):  # a goodbye may be lost; those that the timer has sent already do no harm
+            self._core.on_timer(self._core.next_timer)
+            self._act()
+        for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if leaving:
-            closed = [asyncio.ensure_future(connection.closed.wait()) for connection in leaving]
-            _, pending = await asyncio.wait(closed, timeout=max(deadline_s, 0.01))
-            for waiting in pending:
-                waiting.cancel()
-            for connection in leaving:
-                connection.abort("this node is leaving")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._control.stop(deadline_s)
+        self._datagrams.close()
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """The port that is listened on, for TCP and UDP."""
         if not self._port:
             raise LocalProtocolError("the peer network has not been started")
         return self._port
@@ -197,46 +240,72 @@ class PeerNetwork:
     @property
     def card(self) -> Card:
         """How this node introduces itself, with the address as bound."""
-        return self._core.card if self._core is not None else self._card
+        return self._card
+
+    @property
+    def life(self) -> Life:
+        """This run of this node."""
+        return Life(self._card.node, self._card.epoch, self._card.instance)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it has said goodbye."""
+        return self._leaving
 
     def set_card(self, card: Card) -> None:
         """Replace layouts, transports or the HTTP address and tell everybody. Identity and address stay as they are."""
-        own = self.card
+        own = self._card
         card = msgspec.structs.replace(card, node=own.node, epoch=own.epoch, address=own.address, instance=own.instance)
+        if card == own:
+            return
+        self._card = card
         if self._core is None:
-            self._card = card
-        elif card != own:
-            self._act(self._core.set_card(self._clock(), card))
+            return
+        self._card_number += 1
+        self._core.set_card(self._clock(), self._card_number, pack(card))
+        for node in list(self._cards):
+            self._check_layouts(node)
+        self._act()
 
     def peers(self) -> list[PeerView]:
         """Every other member that is known, in no particular order."""
         if self._core is None:
             return []
-        return [self._with_rtt(view) for view in self._core.peers(self._clock())]
+        now = self._clock()
+        return [self._view(member, now) for member in self._core.members()]
 
     def peer(self, node_id: int) -> PeerView | None:
         """One member."""
-        view = self._core.peer(self._clock(), node_id) if self._core is not None else None
-        return self._with_rtt(view) if view is not None else None
+        member = self._core.member(node_id) if self._core is not None else None
+        return self._view(member, self._clock()) if member is not None else None
 
     def link(self, node_id: int) -> PeerLink | None:
-        """Our control connection to a node, for requests; None while there is none."""
-        conn = self._core.owner_conn(node_id) if self._core is not None else None
-        connection = self._connections.get(conn) if conn is not None else None
-        return connection.link if connection is not None else None
+        """Our control connection to a node, for requests; None while there is none: see :meth:`reach`."""
+        return self._control.link(node_id) if self._core is not None else None
+
+    async def reach(self, node_id: int, deadline_s: float) -> PeerLink:
+        """Our control connection to a node, opened if need be.
+
+        Raises:
+            PeerUnavailable: unknown, refused, unreachable, or not there within ``deadline_s``.
+        """
+        member = self._core.member(node_id) if self._core is not None else None
+        if member is None:
+            raise PeerUnavailable("no such peer", node=NodeId(node_id))
+        return await self._control.reach(node_id, member[7], deadline_s)
 
     def node_slot(self, node_id: int) -> int | None:
         """The index slot of a node; the local node's is 0."""
         if node_id == self._card.node:
-            return 0
-        row = self._core.table.get(node_id) if self._core is not None else None
-        return row.slot if row is not None else None
+            return OWN_SLOT
+        return (self._core.slot_of(node_id) or None) if self._core is not None else None
 
     def slot_node(self, slot: int) -> NodeId | None:
         """Which node an index slot stands for; it goes to another one only after the index has forgotten the first."""
-        if slot == 0:
+        if slot == OWN_SLOT:
             return NodeId(self._card.node)
-        return self._core.table.node_at(slot) if self._core is not None else None
+        node = self._core.node_at(slot) if self._core is not None else 0
+        return NodeId(node) if node else None
 
     def on(self, message_type: type[msgspec.Struct], handler: Handler) -> None:
         """Answer readers' requests of a type (PIN, RELEASE, NIXL_CONNECT).
@@ -255,98 +324,140 @@ class PeerNetwork:
         view = self.peer(node_id)
         if view is None:
             raise PeerUnavailable("no such peer", node=NodeId(node_id))
-        card = msgspec.structs.replace(self.card, layouts=[])  # the control connection has told them
-        hello = CODEC.encode(Hello(PROTOCOL_MIN, PROTOCOL_MAX, self._cell, "data", card))
-        loop = asyncio.get_running_loop()
-        sock: socket.socket | None = None
-        try:
-            async with asyncio.timeout(deadline_s):
-                sock = await net.connect(view.address)
-                await loop.sock_sendall(sock, hello)
-                answer = CODEC.decode(await net.read_frame(sock, HELLO_BYTES_MAX))
-            if isinstance(answer, PeerError):
-                raise PeerUnavailable(f"peer refused: {answer.message}", node=view.node, code=answer.code)
-            if not isinstance(answer, Welcome) or answer.card.node != view.node:
-                raise PeerUnavailable("another node answers at the peer's address", node=view.node)
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if isinstance(error, OSError | TimeoutError | RemoteProtocolError):
-                raise PeerUnavailable(
-                    "cannot open a data connection", node=view.node, reason=str(error) or type(error).__name__
-                ) from error
-            raise
-        return sock
+        return await self._control.open_data(node_id, view.address, deadline_s)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and a few sizes, by name."""
         core = self._core
-        counters = self.counters + core.counters if core is not None else self.counters
-        peers = core.table.rows.values() if core is not None else ()
+        counts = core.counts if core is not None else {}
         return {
-            **counters,
-            "peers": len(peers),
-            "peers_alive": sum(not row.hidden for row in peers),
-            "connections": len(self._connections),
-            "queued_bytes": sum(connection.queued_bytes for connection in self._connections.values()),
+            **{name: count for name, count in counts.items() if count},
+            **self.counters,
+            "peers": len(core.members()) if core is not None else 0,
+            "peers_alive": core.alive if core is not None else 0,
+            "connections": self._control.connections if core is not None else 0,
+            "queued_bytes": self._control.queued_bytes if core is not None else 0,
         }
+
+    # --- for the connections
+
+    def life_of(self, node: int) -> Life | None:
+        """The life of a member that has not left."""
+        member = self._core.member(node) if self._core is not None else None
+        return Life(*member[:3]) if member is not None else None
+
+    def life_at(self, address: str) -> Life | None:
+        """The life of the member that is reached there."""
+        assert self._core is not None
+        return next((Life(*member[:3]) for member in self._core.members() if member[7] == address), None)
+
+    # --- events
+
+    def _take_frame(self, life: Life, source: str, payload: bytes) -> None:
+        assert self._core is not None
+        self._core.on_frame(self._clock(), *life, source, payload)
+
+    def _take_letter(self, life: Life, payload: bytes) -> None:
+        assert self._core is not None
+        self._core.on_letter(self._clock(), *life, payload)
+        self._act()
+
+    def _take_data(self, sock: socket.socket, hello: Hello) -> None:
+        if self.on_data_connection is not None:
+            self.on_data_connection(sock, hello, b"")
+        else:
+            sock.close()
+
+    def _connection_lost(self, node: int) -> None:
+        assert self._core is not None
+        self._core.on_lost(self._clock(), node)
+        self._act()
+
+    def _on_seeds(self, source: str, addresses: Iterable[Address]) -> None:
+        if self._core is None or self._stopping:
+            return
+        number = self._source_numbers.setdefault(source, len(self._source_numbers))
+        self._core.on_seeds(self._clock(), number, [at(address) for address in addresses])
+        self._act()
+
+    def _on_timer(self) -> None:
+        assert self._core is not None
+        self._timer_at = float("inf")
+        now = self._clock()
+        if self._core.flush_due(now) and not self._leaving:
+            for delta in self._log.poll(now, deltas_max=DELTAS_PER_FLUSH):
+                self._core.publish(delta.seq, delta.checksum, delta.keys_by_tier)
+        self._core.on_timer(now)
+        if now >= self._slow_at:
+            self._slow_at = now + SLOW_TICK_S
+            self._control.tick()
+            self._datagrams.refresh()
+            if self._keys is not None and (ring := self._keys.changed()) is not None:
+                self._datagrams.rekey(ring)
+        self._act()
 
     # --- effects
 
-    def _act(self, effects: list[Effect]) -> None:
-        """Do what the core asks for, in order; what comes of it (a full queue) goes back to the core afterwards."""
-        self._effects += effects
-        if self._acting:
+    def _act(self) -> None:
+        """Do what the core asks for, and come back when it wants to be called."""
+        core = self._core
+        if core is None or self._acting:
             return
         self._acting = True
         try:
-            while self._effects:
-                batch, self._effects = self._effects, []
-                for effect in batch:
-                    self._do(effect)
+            while core.pending:
+                frames, letters, events = core.take()
+                for payload, addresses in frames:
+                    self._datagrams.send(payload, addresses)
+                for payload, address in letters:
+                    self._control.letter(address, payload)
+                for event in events:
+                    self._event(*event)
         finally:
             self._acting = False
+        due = core.next_timer
+        if due < self._timer_at and not self._stopping:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = due
+            delay = max(0.0, due - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer)
 
-    def _do(self, effect: Effect) -> None:
-        match effect:
-            case Send():
-                for conn in effect.conns:
-                    self._send(conn, effect.frame)
-            case Deliver():
-                self._deliver(effect)
-            case Dial():
-                task = asyncio.create_task(self._dial(effect.conn, effect.address), name="p2pkv-peer-dial")
-                self._dials[effect.conn] = task
-                task.add_done_callback(lambda _: self._dials.pop(effect.conn, None))
-            case Established():
-                if connection := self._connections.get(effect.conn):
-                    connection.link = self._make_link(connection, effect)
-            case Close():
-                if connection := self._connections.pop(effect.conn, None):
-                    connection.close(effect.reason)
-                elif dial := self._dials.get(effect.conn):
-                    dial.cancel()
-                # One in the lobby is closed by its task, when what it has to say has been sent.
-            case Changed():
-                self._changed(effect)
-            case Say():
-                log.log(logging.getLevelNamesMapping()[effect.level.upper()], "%s", effect.text)
-            case HandOver():
-                pass  # by the lobby's task, which has the socket
+    def _event(self, kind: int, node: int, slot: int, number: int, text: str) -> None:
+        if kind in _LEVELS:
+            log.log(_LEVELS[kind], "%s", text)
+            return
+        if kind == _RENEW:
+            self._begin_again(number)
+            return
+        assert self._core is not None
+        name = NodeId(node)
+        match kind:
+            case _ if kind == _MET:
+                member = self._core.member(node)
+                log.info("met %s epoch %d at %s", name, number, member[7] if member is not None else "?")
+            case _ if kind == _RENEWED:
+                log.info("%s is back as epoch %d", name, number)
+                self._control.forget(node)
+            case _ if kind == _SHOWN:
+                log.info("%s is current: %d entries shown", name, self._index.count(slot))
+            case _ if kind == _HIDDEN:
+                log.warning("entries of %s hidden: %s", name, text)
+            case _ if kind == _LEFT:
+                log.info("%s has left", name)
+            case _ if kind == _PURGED:
+                log.info("%s is forgotten: not current for %g s", name, self._settings.purge_s)
+                self._cards.pop(node, None)
+                self._conflicts.pop(node, None)
+            case _ if kind == _CARD:
+                self._check_layouts(node)
+        self._changed(node)
 
-    def _send(self, conn: int, frame: bytes) -> bool:
-        if connection := self._connections.get(conn):
-            return connection.send(frame)
-        if guest := self._lobby.get(conn):
-            guest.out += frame
-            return True
-        return False
-
-    def _changed(self, effect: Changed) -> None:
-        view = self.peer(effect.node)
+    def _changed(self, node: int) -> None:
+        view = self.peer(node)
         if view is None:
             return
-        link = self.link(view.node)
+        link = self.link(node)
         if link is not None:
             link.card = view.card
         if self.on_peer_change is not None:
@@ -355,171 +466,66 @@ class PeerNetwork:
             except Exception:
                 log.exception("on_peer_change failed")
 
-    # --- connections
-
-    def _accept(self) -> None:
-        """The listener is readable. Not a task of its own: one that is cancelled could lose what it just accepted."""
-        assert self._core is not None and self._listener is not None
-        for _ in range(ACCEPTS_MAX):
-            try:
-                sock, address = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                self.counters["accept_errors"] += 1
-                log.warning("cannot accept peer connections: %s", error)
-                self._listen(False)
-                asyncio.get_running_loop().call_later(ACCEPT_PAUSE_S, self._listen, True)
-                return
-            conn = self._core.take_conn()
-            self._act(self._core.on_accepted(self._clock(), conn, str(address[0])))
-            full = len(self._connections) + len(self._lobby) >= self._settings.connections_max
-            if full or conn not in self._core.conns:
-                self._act(self._core.on_closed(self._clock(), conn, "too many connections"))
-                self.counters["connections_refused"] += 1
-                sock.close()
-                continue
-            sock.setblocking(False)
-            task = asyncio.create_task(self._introduce(conn, sock), name="p2pkv-peer-lobby")
-            self._lobby[conn] = _Guest(task, sock, bytearray())
-            task.add_done_callback(lambda _, conn=conn: self._left_lobby(conn))  # type: ignore[misc]
-
-    def _listen(self, on: bool) -> None:
-        loop, listener = asyncio.get_running_loop(), self._listener
-        if listener is None or self._stopping:
-            return
-        if on:
-            loop.add_reader(listener, self._accept)
-        else:
-            loop.remove_reader(listener)
-
-    def _left_lobby(self, conn: int) -> None:
-        guest = self._lobby.pop(conn, None)
-        if guest is not None and guest.sock is not None:
-            guest.sock.close()
-
-    async def _introduce(self, conn: int, sock: socket.socket) -> None:
-        """Read HELLO from the bare socket, have the core judge it, and give the connection to whom it belongs."""
+    def _begin_again(self, beyond: int) -> None:
+        """Others know a later life of this node: begin one after it, with all that is in the log."""
         assert self._core is not None
-        core, loop, guest = self._core, asyncio.get_running_loop(), self._lobby[conn]
-        try:
-            net.tune(sock)
-            effects: list[Effect] = []
-            try:
-                async with asyncio.timeout(self._settings.handshake_ms / 1e3):
-                    frame = await net.read_frame(sock, HELLO_BYTES_MAX)
-                effects = core.on_frame(self._clock(), conn, frame)
-            except RemoteProtocolError as error:
-                effects = core.on_malformed(self._clock(), conn, error)
-            except TimeoutError:
-                self.counters["handshake_timeouts"] += 1
-                effects = core.on_closed(self._clock(), conn, "no HELLO in time")
-            except OSError as error:
-                effects = core.on_closed(self._clock(), conn, str(error))
-            hello = next((e.hello for e in effects if isinstance(e, HandOver)), None)
-            if conn in core.conns:  # control: from here on the transport reads and writes
-                # Known before the transport is: what the core sends meanwhile queues up behind WELCOME.
-                connection = self._connections[conn] = self._make_connection(conn)
-                self._act(effects)
-                await loop.connect_accepted_socket(lambda: connection, sock)
-                guest.sock = None
-                return
-            self._act(effects)
-            if guest.out:
-                async with asyncio.timeout(self._settings.handshake_ms / 1e3):
-                    await loop.sock_sendall(sock, guest.out)
-            if hello is not None and self.on_data_connection is not None and not self._stopping:
-                self.on_data_connection(sock, hello, b"")
-                guest.sock = None
-        except (OSError, TimeoutError) as error:
-            self._gone(conn, str(error) or "timed out")
-        except Exception:
-            log.exception("accepted connection failed")
-            self._gone(conn, "internal error")
+        epoch = self._renew(beyond) if self._renew is not None else beyond + 1
+        instance = self._rng.getrandbits(63) | 1
+        self._card = msgspec.structs.replace(self._card, epoch=epoch, instance=instance)
+        self._log.restart(epoch)
+        self._datagrams.sealer.begin(self.life)
+        now = self._clock()
+        self._core.restart(now, epoch, instance)
+        self._card_number += 1
+        self._core.set_card(now, self._card_number, pack(self._card))
 
-    async def _dial(self, conn: int, address: Address) -> None:
-        assert self._core is not None
-        try:
-            async with asyncio.timeout(self._settings.handshake_ms / 1e3):
-                sock = await net.connect(address)
-        except (OSError, TimeoutError) as error:
-            self._gone(conn, str(error) or "timed out")
-            return
-        try:
-            host = str(sock.getpeername()[0])
-            connection = self._connections[conn] = self._make_connection(conn)
-            await asyncio.get_running_loop().create_connection(lambda: connection, sock=sock)
-        except OSError as error:
-            sock.close()
-            self._gone(conn, str(error))
-            return
-        except BaseException:
-            sock.close()
-            raise
-        self._act(self._core.on_dialed(self._clock(), conn, host))
+    # --- views
 
-    def _gone(self, conn: int, reason: str) -> None:
-        assert self._core is not None
-        if connection := self._connections.pop(conn, None):
-            connection.abort(reason)
-        self._act(self._core.on_closed(self._clock(), conn, reason))
-
-    def _make_connection(self, conn: int) -> ControlConnection:
-        assert self._core is not None
-        core = self._core
-
-        def on_frame(frame: Frame) -> None:
-            self._act(core.on_frame(self._clock(), conn, frame))
-
-        def on_malformed(error: RemoteProtocolError) -> None:
-            self._act(core.on_malformed(self._clock(), conn, error))
-
-        def on_lost(reason: str) -> None:
-            self._connections.pop(conn, None)
-            self._act(core.on_closed(self._clock(), conn, reason))
-
-        return ControlConnection(
-            on_frame=on_frame, on_malformed=on_malformed, on_lost=on_lost,
-            queue_bytes_max=self._queue_bytes_max, counters=self.counters,
+    def _view(self, member: MemberTuple, now: float) -> PeerView:
+        (node, epoch, instance, slot, state, _, heard, address, packed, seq, proven, _, _, number, rtt_s) = member
+        card = self._card_of(node, epoch, instance, address, packed, number)
+        kernel = self._control.rtt_ms(node)
+        return PeerView(
+            node=NodeId(node), epoch=epoch, address=card.address, state=_STATES[state], age_ms=(now - heard) * 1e3,
+            seq=seq, entries=self._index.count(slot), card=card,
+            rtt_ms=kernel if kernel is not None else rtt_s * 1e3 if rtt_s >= 0 else None,
+            conflicts=self._conflicts.get(node, ()), slot=slot,
+            proven_ms=(now - proven) * 1e3 if proven > float("-inf") else None,
         )  # fmt: skip
 
-    def _make_link(self, connection: ControlConnection, effect: Established) -> PeerLink:
-        return PeerLink(card=effect.card, dialed=effect.dialed, send=connection.send)
-
-    def _deliver(self, effect: Deliver) -> None:
-        connection = self._connections.get(effect.conn)
-        link = connection.link if connection is not None else None
-        if connection is None or link is None:
-            return
-        if not link.dialed:
-            self._requests.take(link, effect.frame.request_id, effect.message)
-            return
+    def _card_of(self, node: int, epoch: int, instance: int, address: str, packed: bytes, number: int) -> Card:
+        """A member's card with the address at which it is reached; a bare one until it is there."""
+        known = self._cards.get(node)
+        if known is not None and known[:2] == (instance, number):
+            return known[2]
+        where = parse(address)
+        bare = Card(node, epoch, where, "", "", [], [], instance)
+        if not packed:
+            return bare
         try:
-            link.on_answer(effect.frame, effect.message)
+            card = msgspec.structs.replace(
+                unpack_card(packed), node=node, epoch=epoch, address=where, instance=instance
+            )
         except RemoteProtocolError as error:
-            assert self._core is not None
-            self._effects += self._core.on_malformed(self._clock(), effect.conn, error)
+            self.counters["malformed"] += 1
+            log.warning("the card of %s is malformed: %s", NodeId(node), error)
+            card = bare
+        self._cards[node] = instance, number, card
+        return card
 
-    # --- time
-
-    def _on_seeds(self, source: str, addresses: Iterable[Address]) -> None:
-        if self._core is not None and not self._stopping:
-            self._act(self._core.on_seeds(self._clock(), source, addresses))
-
-    def _on_timer(self) -> None:
-        assert self._core is not None
-        try:
-            self._act(self._core.on_timer(self._clock()))
-            now = asyncio.get_running_loop().time()
-            for connection in list(self._connections.values()):
-                connection.check_progress(now)
-        finally:
-            self._arm()
-
-    def _arm(self) -> None:
-        if self._core is not None and not self._stopping:
-            delay = max(0.0, self._core.next_timer - self._clock())
-            self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer)
+    def _check_layouts(self, node: int) -> None:
+        """Find the fields in which a peer's layouts conflict with ours; loud once per change."""
+        view = self.peer(node)
+        if view is None:
+            return
+        conflicts, lines = layout_conflicts(self._card.layouts, view.card.layouts)
+        if conflicts == self._conflicts.get(node, ()):
+            return
+        self._conflicts[node] = conflicts
+        for line in lines:
+            self.counters["layout_conflicts"] += 1
+            log.error("layout conflict with %s at %s: %s", view.node, at(view.address), line)
+        self._changed(node)
 
     def _spawn(self, coroutine: Awaitable[None], name: str) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -527,10 +533,3 @@ class PeerNetwork:
         task.set_name(name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _with_rtt(self, view: PeerView) -> PeerView:
-        """The kernel's smoothed estimate, where it has one; the introduction took longer for reasons of its own."""
-        conn = self._core.owner_conn(view.node) if self._core is not None else None
-        connection = self._connections.get(conn) if conn is not None else None
-        rtt_ms = connection.rtt_ms if connection is not None else None
-        return view if rtt_ms is None else view.with_rtt(rtt_ms)

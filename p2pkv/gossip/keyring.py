@@ -111,6 +111,11 @@ class Keyring:
         return f"Keyring({', '.join(f'{key.id:08x}' for key in self)})"
 
 
+def public() -> Keyring:
+    """The ring of a cell without a key: everybody has it. It keeps cells apart and changed bits out, nothing else."""
+    return Keyring([Key(hashlib.blake2b(b"this cell has no key", digest_size=KEY_BYTES).digest())])
+
+
 def parse(text: str) -> Keyring:
     """A keyring from its text.
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from p2pkv.errors import InvalidArgument, LocalProtocolError
+from p2pkv.gossip._gossip import FrameCounter, ReplayWindow
 from p2pkv.gossip.keyring import Key, Keyring
 
 VERSION: Final = 1
@@ -42,9 +43,10 @@ FRAME_BYTES_MAX: Final = 1_400
 """Fits the MTU of any network that a cell is built on, tunnels included."""
 PAYLOAD_BYTES_MAX: Final = FRAME_BYTES_MAX - HEADER.size - TAG_BYTES
 COUNTER_MAX: Final = (1 << 64) - 1
-WINDOW: Final = 1_024
+WINDOW: Final = ReplayWindow.FRAMES
 """How far behind the youngest frame one may come, in frames of its sender: two seconds of a busy one."""
-SENDERS_MAX: Final = 4_096
+SENDERS_MAX: Final = 8_192
+"""Lives that are remembered; the one that was heard least recently gives way. Twice a full cell's."""
 STRANGERS_PER_S: Final = 2_000.0
 """Frames of lives not heard of before that are looked at; a whole cell may start within a second."""
 
@@ -78,25 +80,31 @@ class Sealer:
         self.keyring = keyring
         self._cell = cell
         self._life = life
-        self._next = first
+        self._counter = FrameCounter(first)
         self._key: Key | None = None
         self._cipher: AESGCM
+
+    def begin(self, life: Life) -> None:
+        """Another life of this node; its counters begin anew, under a key of its own."""
+        self._life = life
+        self._counter = FrameCounter(0)
+        self._key = None
 
     def seal(self, payload: bytes) -> bytes:
         """One frame.
 
         Raises:
             InvalidArgument: the payload is longer than a frame's.
-            LocalProtocolError: 2^64 frames have been sealed.
+            LocalProtocolError: 2^64 - 1 frames have been sealed.
         """
         if len(payload) > PAYLOAD_BYTES_MAX:
             raise InvalidArgument("too much for a frame", bytes=len(payload), limit=PAYLOAD_BYTES_MAX)
-        if self._next > COUNTER_MAX:
+        if self._counter.taken >= COUNTER_MAX:
             raise LocalProtocolError("no counter is left: this node must start anew")
         key = self.keyring.in_use
         if key != self._key:
             self._key, self._cipher = key, cipher(key, self._cell, self._life)
-        counter, self._next = self._next, self._next + 1
+        counter = self._counter.take()
         header = HEADER.pack(VERSION, 0, key.id, *self._life, counter)
         return header + self._cipher.encrypt(_NONCE.pack(counter), payload, header)
 
@@ -109,7 +117,6 @@ class Refusal(enum.Enum):
     UNKNOWN_KEY = "unknown_key"  # sealed with a key that is not in the ring
     FORGED = "forged"  # not sealed with the key that it names, for this cell; or changed on its way
     REPLAYED = "replayed"  # its counter has been used, or is too far behind
-    STALE = "stale"  # a later life of its node is known
     FLOODED = "flooded"  # of a stranger, while too many strangers knock
 
 
@@ -124,30 +131,18 @@ class Opened(NamedTuple):
 class _Sender:
     """A life that has proven itself, the counters that it has used, and its ciphers by key id."""
 
-    def __init__(self, life: Life) -> None:
-        self.life = life
+    __slots__ = ("ciphers", "window")
+
+    def __init__(self) -> None:
         self.ciphers: dict[int, AESGCM] = {}
-        self.youngest = -1
-        self.seen = 0  # bit n: youngest - n
-
-    def fresh(self, counter: int) -> bool:
-        behind = self.youngest - counter
-        return behind < 0 or (behind < WINDOW and not self.seen >> behind & 1)
-
-    def use(self, counter: int) -> None:
-        behind = self.youngest - counter
-        if behind < 0:
-            self.seen = ((self.seen << min(-behind, WINDOW)) | 1) & ((1 << WINDOW) - 1)
-            self.youngest = counter
-        else:
-            self.seen |= 1 << behind
+        self.window = ReplayWindow()
 
 
 class Opener:
     """Opens what others have sealed. ``now`` is in seconds, monotonic. Not thread-safe.
 
-    Of each node the latest life that has proven itself is kept: earlier ones are stale. Two processes of one node and
-    epoch (:class:`~p2pkv.gossip.membership.Verdict`: DUPLICATE) are told apart by their instance; the first one stays.
+    Says who sealed a frame and that it is no repetition, not whether that life is the node's latest: that is the
+    protocol's to judge.
 
     Args:
         keyring: frames of all its keys are opened. Replace it with :meth:`rekey`.
@@ -157,7 +152,7 @@ class Opener:
         self.refused: Counter[Refusal] = Counter()
         self._keyring = keyring
         self._cell = cell
-        self._senders: dict[int, _Sender] = {}
+        self._senders: OrderedDict[Life, _Sender] = OrderedDict()  # the least recently heard first
         self._allowance = STRANGERS_PER_S
         self._allowance_at = now
 
@@ -166,10 +161,6 @@ class Opener:
         self._keyring = keyring
         for sender in self._senders.values():
             sender.ciphers = {key_id: made for key_id, made in sender.ciphers.items() if keyring.get(key_id)}
-
-    def forget(self, node: int) -> None:
-        """The node has been gone for long: make room. Its old frames would be believed again, so only then."""
-        self._senders.pop(node, None)
 
     def open(self, datagram: bytes, now: float) -> Opened | Refusal:
         """What a datagram says, or why it is not believed; counted in ``refused``."""
@@ -189,29 +180,32 @@ class Opener:
         if key is None:
             return Refusal.UNKNOWN_KEY
         life = Life(node, epoch, instance)
-        known = self._senders.get(node)
-        sender = known
-        if known is None or known.life != life:
-            if known is not None and epoch <= known.life.epoch:
-                return Refusal.STALE
+        sender = self._senders.get(life)
+        if sender is None:
             if not self._may_knock(now):
                 return Refusal.FLOODED
-            sender = _Sender(life)
-        assert sender is not None
-        if not sender.fresh(counter):
-            return Refusal.REPLAYED
-        made = sender.ciphers.get(key_id) or cipher(key, self._cell, life)
+            stranger = _Sender()
+            made = cipher(key, self._cell, life)
+        else:
+            stranger = sender
+            if not sender.window.fresh(counter):
+                return Refusal.REPLAYED
+            made = sender.ciphers.get(key_id) or cipher(key, self._cell, life)
+        if counter == COUNTER_MAX:
+            return Refusal.MALFORMED
         try:
             payload = made.decrypt(_NONCE.pack(counter), datagram[HEADER.size :], header)
         except InvalidTag:
             return Refusal.FORGED
         # Proven: only now may anything be kept of it.
-        if sender is not known:
-            if known is None and len(self._senders) >= SENDERS_MAX:
-                return Refusal.FLOODED
-            self._senders[node] = sender
-        sender.ciphers[key_id] = made
-        sender.use(counter)
+        if sender is None:
+            if len(self._senders) >= SENDERS_MAX:
+                self._senders.popitem(last=False)
+            self._senders[life] = stranger
+        else:
+            self._senders.move_to_end(life)
+        stranger.ciphers[key_id] = made
+        stranger.window.use(counter)
         return Opened(life, counter, payload)
 
     def _may_knock(self, now: float) -> bool:

@@ -1,14 +1,21 @@
-"""What is shown of a peer, and where its layouts conflict with ours. Pure functions over the member table's rows."""
+"""What is shown of a peer, and where its layouts conflict with ours."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from p2pkv.gossip.membership import Row, State
-from p2pkv.gossip.streams import OwnerStream
 from p2pkv.types import Layout, NodeId
 from p2pkv.wire.peer import Address, Card
+
+
+class State(enum.Enum):
+    """What this node makes of a peer."""
+
+    ALIVE = "alive"  # its stream is current: heard within the silence limit, checksum right
+    UNREACHABLE = "unreachable"  # introduced, but its stream is not current: its entries are hidden
+    LEFT = "left"  # said goodbye: its entries are gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +26,13 @@ class PeerView:
     epoch: int
     address: Address
     state: State
-    age_ms: float | None  # since something was last heard on its stream; None = never
+    age_ms: float | None  # since something was last heard of its stream; None = never
     seq: int  # of its log, as far as read here
     entries: int  # of its in the index here
     card: Card
     rtt_ms: float | None
     conflicts: tuple[str, ...]  # layout fields that differ from ours where they must not
     slot: int | None  # in the index; None while it has none
-    reads_us: bool  # it has a control connection to us
     proven_ms: float | None  # since the entries here were last known to be its own set; None = never
 
     @property
@@ -38,29 +44,6 @@ class PeerView:
     def left(self) -> bool:
         """Whether it has said goodbye."""
         return self.state is State.LEFT
-
-    def with_rtt(self, rtt_ms: float) -> PeerView:
-        """The same with a better estimate of the round-trip time."""
-        return replace(self, rtt_ms=rtt_ms)
-
-
-def view_of(row: Row, stream: OwnerStream | None, now: float) -> PeerView:
-    """What is known of a row's peer."""
-    return PeerView(
-        node=row.node,
-        epoch=row.card.epoch,
-        address=row.card.address,
-        state=row.state,
-        age_ms=None if row.last_heard is None else (now - row.last_heard) * 1e3,
-        seq=stream.seq if stream else 0,
-        entries=stream.entries if stream else 0,
-        card=row.card,
-        rtt_ms=None if row.rtt_s is None else row.rtt_s * 1e3,
-        conflicts=row.conflicts,
-        slot=row.slot,
-        reads_us=bool(row.reader_conns),
-        proven_ms=None if stream is None or stream.proven_at is None else (now - stream.proven_at) * 1e3,
-    )
 
 
 def layout_conflicts(ours: Iterable[Layout], theirs: Iterable[Layout]) -> tuple[tuple[str, ...], list[str]]:
@@ -85,8 +68,3 @@ def layout_conflicts(ours: Iterable[Layout], theirs: Iterable[Layout]) -> tuple[
         said = ", ".join(f"{f} is {getattr(layout, f)!r} there, {getattr(nearest, f)!r} here" for f in differing)
         lines.append(f"model {layout.model}: {said}; neither will see the other's blocks")
     return tuple(sorted(fields)), lines
-
-
-def at(address: Address | None) -> str:
-    """``host:port`` for a log."""
-    return f"{address.host}:{address.port}" if address else "?"

@@ -69,6 +69,7 @@ class Requests(Protocol):
 
     def on(self, message_type: type[msgspec.Struct], handler: Callable[[Any, Any], Any], /) -> None: ...
     def link(self, node_id: int, /) -> Link | None: ...
+    async def reach(self, node_id: int, deadline_s: float, /) -> Link: ...
 
 
 class _Owner(NamedTuple):
@@ -225,9 +226,7 @@ class NixlTransport:
     async def _pin(self, request: PullRequest, deadline: float) -> tuple[_Owner, Pinned]:
         """A lease, and a connection to the very NIXL process that it names; once more if that has been replaced."""
         loop = asyncio.get_running_loop()
-        link = self._network.link(request.node)
-        if link is None:
-            raise PeerUnavailable("no connection to the peer")
+        link = await self._network.reach(request.node, max(0.001, min(deadline - loop.time(), self._stall_s)))
         for attempt in range(2):
             owner = self._owner(request.node) or await self._connect(request.node, link, deadline - loop.time())
             pin = Pin(request.namespace, list(request.hashes), int(self._lease_ttl_s * 1000), not owner.inline)

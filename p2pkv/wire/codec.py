@@ -5,7 +5,7 @@ The agent's half. What engines import must not import msgspec, and has a half of
 
 from __future__ import annotations
 
-from typing import Final, get_type_hints
+from typing import Final, Generic, TypeVar, get_type_hints
 
 import msgspec
 
@@ -37,6 +37,32 @@ def _from_wire(kind: type, value: object) -> Layout:
 
 
 _encoder: Final = msgspec.msgpack.Encoder(enc_hook=_to_wire)
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def pack(value: msgspec.Struct) -> bytes:
+    """One struct by itself, unframed."""
+    return _encoder.encode(value)
+
+
+class Unpacker(Generic[T]):
+    """Reads one struct that :func:`pack` wrote."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kind, strict=True, dec_hook=_from_wire)
+
+    def __call__(self, data: bytes) -> T:
+        """The struct.
+
+        Raises:
+            RemoteProtocolError: it is not one.
+        """
+        try:
+            return self._decoder.decode(data)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise RemoteProtocolError("malformed value", reason=str(error)[:200]) from error
 
 
 class Codec:

@@ -1,7 +1,8 @@
 """What agents say to each other over TCP. One struct per message; ``CODEC`` frames and checks them.
 
-The *reader* dials, the *owner* answers. On a ``control`` connection the owner streams its ownership log (SNAPSHOT,
-then DELTA; an empty DELTA is its heartbeat; now and then a DIGEST) and answers PIN and RELEASE. On a ``data``
+Who dials says HELLO, the other answers WELCOME; each proves by a *ticket* that it has the cell's key and is the life
+that it says. On a ``control`` connection the dialer asks (PIN, RELEASE, NIXL_CONNECT), and both send LETTERs of the
+gossip core (:mod:`p2pkv.gossip`, docs/protocol.md), whose bodies are not this module's business. On a ``data``
 connection the reader sends GET and the owner answers with GOT: a frame of fixed binary records (:data:`GOT_RECORD`),
 followed by the payloads of the blocks that were hit, in the order they were asked for, with nothing in between.
 """
@@ -16,15 +17,14 @@ import msgspec
 from msgspec import Meta
 
 from p2pkv.types import Layout
-from p2pkv.wire.codec import Codec
+from p2pkv.wire.codec import Codec, Unpacker
 from p2pkv.wire.fields import U16, U32, U64, Extent, FieldNames, Hashes, Name, Text
 from p2pkv.wire.limits import KEYS_MAX
 
-MEMBERS_MAX: Final = 4_096
-DELTA_KEYS_BYTES_MAX: Final = 65_536 * 8
 LAYOUTS_MAX: Final = 1_024
 
-PackedKeys = Annotated[bytes, Meta(max_length=DELTA_KEYS_BYTES_MAX)]
+Ticket = Annotated[bytes, Meta(max_length=256)]
+"""A sealed frame (:mod:`p2pkv.gossip.sealed`) that is of use for one connection between two lives."""
 
 
 class PeerType(enum.IntEnum):
@@ -32,11 +32,8 @@ class PeerType(enum.IntEnum):
 
     HELLO = 1
     WELCOME = 2
-    SNAPSHOT = 3
-    DELTA = 4
-    RESYNC = 5
-    LEAVE = 6
-    ADVERT = 7
+    LETTER = 3
+    BYE = 4
     PIN = 8
     PINNED = 9
     RELEASE = 10
@@ -45,7 +42,6 @@ class PeerType(enum.IntEnum):
     GOT = 13
     NIXL_CONNECT = 14
     NIXL_ENDPOINT = 15
-    DIGEST = 16
     ERROR = 31
 
 
@@ -54,14 +50,6 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
 
     host: Name
     port: U16
-
-
-class Member(msgspec.Struct, frozen=True, array_like=True):
-    """One row of the member table that WELCOME carries."""
-
-    node: U64
-    epoch: U32
-    address: Address
 
 
 class NixlEndpoint(msgspec.Struct, frozen=True, array_like=True):
@@ -94,60 +82,20 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     cell: Name
     role: Name
     card: Card
+    ticket: Ticket = b""
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True):
-    """The owner's answer to HELLO: the protocol both will speak, its own card, and the members it knows."""
+    """The answer to HELLO: the protocol that both will speak, and who answers."""
 
     protocol: U16
     card: Card
-    members: Annotated[list[Member], Meta(max_length=MEMBERS_MAX)]
     cell: Name = ""
+    ticket: Ticket = b""
 
 
-class Digest(msgspec.Struct, frozen=True, array_like=True):
-    """Members the sender is connected to, to one reader at a time: addresses to try, never a word on who is alive."""
-
-    members: Annotated[list[Member], Meta(max_length=MEMBERS_MAX)]
-
-
-class Advert(msgspec.Struct, frozen=True, array_like=True):
-    """A node's card has changed (a layout was opened, a transport came or went). Either direction, any time."""
-
-    card: Card
-
-
-class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """A part of an owner's log at (epoch, seq). ``checksum`` is the whole set's; keys are packed little-endian u64."""
-
-    epoch: U32
-    seq: U64
-    checksum: U64
-    part: U32
-    parts: U32
-    keys_by_tier: Annotated[list[PackedKeys], Meta(max_length=8)]  # index = Tier
-
-
-class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """The next batch of an owner's log; empty = heartbeat. ``checksum`` is that of the set after the batch."""
-
-    epoch: U32
-    seq: U64
-    checksum: U64
-    keys_by_tier: Annotated[list[PackedKeys], Meta(max_length=8)]  # index = Tier; 0 = gone
-
-
-class Resync(msgspec.Struct, frozen=True, array_like=True):
-    """The reader saw a gap or a wrong checksum and asks for a snapshot."""
-
-    seq: U64
-    reason: Name
-
-
-class Leave(msgspec.Struct, frozen=True, array_like=True):
-    """The sender is going away on purpose; its entries can be dropped at once."""
-
-    epoch: U32
+class Bye(msgspec.Struct, frozen=True, array_like=True):
+    """The sender closes a control connection that nobody needs: no sign of its death."""
 
 
 class Pin(msgspec.Struct, frozen=True, array_like=True):
@@ -210,8 +158,8 @@ class NixlEndpointReply(msgspec.Struct, frozen=True, array_like=True):
 class PeerError(msgspec.Struct, frozen=True, array_like=True):
     """Why a request (its id) or the connection (id 0) was refused.
 
-    ``code`` is one of "busy", "layout", "namespace", "protocol", "cell", "self", "draining", "stale" (a newer epoch of
-    this node is known), "duplicate" (this node id and epoch are taken), "unsupported", "internal".
+    ``code`` is one of "busy", "layout", "namespace", "protocol", "cell", "key" (the ticket is not good), "draining",
+    "stale" (another life of this node is known), "unsupported", "internal".
     """
 
     code: Name
@@ -223,11 +171,7 @@ CODEC: Final = Codec(
     {
         PeerType.HELLO: Hello,
         PeerType.WELCOME: Welcome,
-        PeerType.SNAPSHOT: Snapshot,
-        PeerType.DELTA: Delta,
-        PeerType.RESYNC: Resync,
-        PeerType.LEAVE: Leave,
-        PeerType.ADVERT: Advert,
+        PeerType.BYE: Bye,
         PeerType.PIN: Pin,
         PeerType.PINNED: Pinned,
         PeerType.RELEASE: Release,
@@ -235,10 +179,12 @@ CODEC: Final = Codec(
         PeerType.GET: Get,
         PeerType.NIXL_CONNECT: NixlConnect,
         PeerType.NIXL_ENDPOINT: NixlEndpointReply,
-        PeerType.DIGEST: Digest,
         PeerType.ERROR: PeerError,
     }
 )
+
+unpack_card: Final = Unpacker(Card)
+"""A card as :func:`p2pkv.wire.codec.pack` writes it."""
 
 GOT_RECORD: Final = struct.Struct("<B3xIQ16s")
 """status u8, 3 bytes of zero, payload length u32, slot generation u64, xxh3_128 (16 bytes): 32 bytes per asked block.

@@ -1,4 +1,5 @@
-"""A TCP proxy in front of one agent's peer port that can flip a byte, hold bytes back, or cut, where a test says so.
+"""A proxy in front of one agent's peer port. Of TCP it can flip a byte, hold bytes back, or cut, where a test says so;
+UDP passes as it is.
 
 The agent behind it has to advertise the proxy's address (``peer.advertise``), so the proxy is there first and learns
 its target later. One thread; connections are told apart by the role in their HELLO: faults apply to data connections.
@@ -48,6 +49,9 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
         self.port = self._listener.getsockname()[1]
+        self._frames = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._frames.bind(("127.0.0.1", self.port))
+        self._askers: dict[object, socket.socket] = {}  # by address: what the agent sees instead
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._woken = socket.socketpair()
         self._stopping = False
@@ -66,6 +70,7 @@ class Proxy:
     def __enter__(self) -> Proxy:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
+        self._selector.register(self._frames, selectors.EVENT_READ)
         self._thread.start()
         return self
 
@@ -75,7 +80,7 @@ class Proxy:
         self._thread.join(10)
         for flow in self._flows:
             flow.source.close()
-        for sock in (self._listener, self._wake_end, self._woken):
+        for sock in (self._listener, self._wake_end, self._woken, self._frames, *self._askers.values()):
             sock.close()
         self._selector.close()
 
@@ -86,10 +91,25 @@ class Proxy:
                     self._accept()
                 elif key.fileobj is self._woken:
                     self._woken.recv(64)
+                elif key.fileobj is self._frames:
+                    self._pass_frame()
+                elif isinstance(key.data, tuple):
+                    with contextlib.suppress(OSError):
+                        self._frames.sendto(key.fileobj.recv(2_048), key.data)  # type: ignore[union-attr]
                 else:
                     self._read(key.data)
             for flow in [flow for flow in self._flows if flow.waiting]:
                 self._pass_on(flow)
+
+    def _pass_frame(self) -> None:
+        data, source = self._frames.recvfrom(2_048)
+        asker = self._askers.get(source)
+        if asker is None:
+            asker = self._askers[source] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            asker.bind(("127.0.0.1", 0))
+            self._selector.register(asker, selectors.EVENT_READ, source)
+        with contextlib.suppress(OSError):
+            asker.sendto(data, ("127.0.0.1", self.target))
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()

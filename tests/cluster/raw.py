@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import struct
 import time
 
 import msgspec
 
+from p2pkv.gossip.keyring import Keyring, public
+from p2pkv.gossip.sealed import Life, Opened, Opener, Sealer
+from p2pkv.gossip.tickets import hello_ticket
 from p2pkv.types import Layout
 from p2pkv.wire import engine, peer
 from p2pkv.wire.codec import Codec
@@ -107,15 +112,76 @@ def lane_connection(agent: AgentProcess, *, layout: Layout | None = None) -> Raw
     return lane
 
 
+HELLO_FRAME = struct.Struct("<BBBBQI")
+"""Type, protocol_min, protocol_max, flags, echo, card number; then address and card: docs/protocol.md."""
+
+
+class Stranger:
+    """A life that knows the cell's key, and nothing else; a context manager."""
+
+    def __init__(self, *, node: int = 0, keys: Keyring | None = None) -> None:
+        node = node or int.from_bytes(os.urandom(7), "little") | 1
+        self.life = Life(node, 1, int.from_bytes(os.urandom(7), "little") | 1)
+        ring = keys or public()
+        self.sealer = Sealer(ring, "default", self.life)
+        self.opener = Opener(ring, "default", 0.0)
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.bind(("127.0.0.1", 0))
+        self.sock.settimeout(0.3)
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.sock.getsockname()[1]}"
+
+    def hello(self, echo: int = 0, *, ask: bool = True, known: bool = False, card: bytes = b"\x90") -> bytes:
+        """The payload of a HELLO."""
+        address = self.address.encode()
+        return (
+            HELLO_FRAME.pack(2, 2, 3, ask | known << 1, echo, 1)
+            + bytes([len(address)]) + address + len(card).to_bytes(2, "little") + card
+        )  # fmt: skip
+
+    def say(self, agent: AgentProcess, payload: bytes) -> None:
+        self.sock.sendto(self.sealer.seal(payload), ("127.0.0.1", agent.peer_port))
+
+    def listen(self) -> Opened:
+        """The next frame from anybody. Raises TimeoutError."""
+        while True:
+            opened = self.opener.open(self.sock.recv(2_048), time.monotonic())
+            if isinstance(opened, Opened):
+                return opened
+
+    def life_of(self, agent: AgentProcess) -> Life:
+        """Whom one would have to introduce oneself to: said in answer to a HELLO."""
+        deadline = time.monotonic() + CLOSE_S
+        while time.monotonic() < deadline:
+            self.say(agent, self.hello())
+            with contextlib.suppress(TimeoutError):
+                return self.listen().life
+        raise AssertionError("the agent does not answer HELLO")
+
+    def card(self) -> peer.Card:
+        # Port 9 (discard): whoever dials back finds nobody, as with a peer that died at once.
+        address = peer.Address("127.0.0.1", 9)
+        return peer.Card(self.life.node, self.life.epoch, address, "", "elsewhere", [], ["tcp"], self.life.instance)
+
+
 def peer_connection(agent: AgentProcess, role: str = "", *, node: int = 0) -> RawConnection:
     """A connection to the peer port, introduced as ``role`` ("control" or "data") where one is named."""
+    ticket = b""
+    if role:
+        with Stranger(node=node) as stranger:
+            ticket, card = hello_ticket(stranger.sealer, stranger.life_of(agent)), stranger.card()
     sock = socket.create_connection(("127.0.0.1", agent.peer_port), timeout=CLOSE_S)
     connection = RawConnection(sock, peer.CODEC)
     if role:
-        node = node or int.from_bytes(os.urandom(7), "little") | 1
-        # Port 9 (discard): whoever dials back finds nobody, as with a peer that died at once.
-        card = peer.Card(node, 1, peer.Address("127.0.0.1", 9), "", "elsewhere", [], ["tcp"], node)
-        connection.send(peer.CODEC.encode(peer.Hello(PROTOCOL_MIN, PROTOCOL_MAX, "default", role, card)))
+        connection.send(peer.CODEC.encode(peer.Hello(PROTOCOL_MIN, PROTOCOL_MAX, "default", role, card, ticket)))
         welcome = connection.receive()
         assert welcome is not None and isinstance(peer.CODEC.decode(welcome), peer.Welcome)
     return connection

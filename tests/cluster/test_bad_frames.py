@@ -151,10 +151,10 @@ ANSWERS_ARE_NO_REQUESTS = [
     ("control connection", peer.PeerType.GOT, b"\x90"),
     ("control connection", peer.PeerType.PINNED, msgspec.msgpack.encode(peer.Pinned(0, 0, b"", [], [], b"", ""))),
     ("control connection", peer.PeerType.GET, msgspec.msgpack.encode(peer.Get(1, [], 1))),
-    ("control connection", peer.PeerType.DELTA, msgspec.msgpack.encode(peer.Delta(1, 1, 0, []))),
+    ("control connection", peer.PeerType.RELEASED, msgspec.msgpack.encode(peer.Released(True))),
     ("data connection", peer.PeerType.PIN, msgspec.msgpack.encode([1, [], 1])),  # without "serve"
     ("data connection", peer.PeerType.PINNED, msgspec.msgpack.encode(peer.Pinned(0, 0, b"", [], [], b"", ""))),
-    ("data connection", peer.PeerType.DELTA, msgspec.msgpack.encode(peer.Delta(1, 1, 0, []))),
+    ("data connection", peer.PeerType.RELEASED, msgspec.msgpack.encode(peer.Released(True))),
     ("peer port", peer.PeerType.GET, msgspec.msgpack.encode(peer.Get(1, [], 1))),
     ("engine socket", engine.EngineType.GET, msgspec.msgpack.encode(engine.Get(1, [], 1))),
     ("attached engine", engine.EngineType.DONE, msgspec.msgpack.encode(engine.Done(b"", b"", 0, 0))),

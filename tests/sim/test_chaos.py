@@ -1,4 +1,4 @@
-"""The protocol core under chaos, a thousand seeds; and with each of its guards taken out, which some seed must notice."""
+"""The protocol core under chaos, a thousand seeds; and with each of its guards taken out, which some seed notices."""
 
 from __future__ import annotations
 

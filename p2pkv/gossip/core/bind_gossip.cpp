@@ -41,7 +41,8 @@ nb::tuple member_tuple(const Gossip& core, std::uint32_t slot) {
   return nb::make_tuple(member.life.node, member.life.epoch, member.life.instance, slot,
                         static_cast<int>(member.state), member.since, member.last_heard,
                         core.address_of(member.contact), member.has_card ? nb::bytes(member.card.data(), member.card.size()) : nb::bytes(),
-                        member.replica.seq(), member.replica.current(), member.knows_us, member.protocol);
+                        member.replica.seq(), member.proven_at, member.knows_us, member.protocol, member.card_number,
+                        member.has_rtt ? member.rtt_s : -1.0);
 }
 
 gossip::Settings settings_of(const nb::dict& given) {

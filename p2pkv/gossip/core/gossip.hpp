@@ -71,6 +71,7 @@ struct alignas(64) Member {
   Replica replica;
   ContactId contact = kNoContact;
   double since = 0;          // of the state
+  double proven_at = -kNever;  // its entries here were last known to be its own set
   double card_asked = -kNever;
   double rtt_s = 0.001;      // of introductions, the shortest
   double refused_at = -kNever;  // a snapshot or its log was
@@ -280,9 +281,9 @@ class Gossip {
   int leaves_left_ = 0;
   double hellos_left_ = 0;
   double answers_left_ = 0;
-  double answers_at_ = 0;
+  double answers_at_ = -1e9;
   double serve_left_ = 0;
-  double serve_at_ = 0;
+  double serve_at_ = -1e9;
   double renewed_at_ = -kNever;
   std::unordered_map<std::string, double> said_;
 };

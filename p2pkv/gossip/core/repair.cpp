@@ -100,6 +100,7 @@ void Gossip::settle(double now, std::uint32_t slot, const Outcome& outcome) {
   } else if (!member.hidden && !member.replica.proven()) {
     hide(now, slot, "its set is not proven");
   }
+  if (outcome.proven && member.replica.current()) member.proven_at = now;
   if (outcome.advanced) member.nacks = member.wants = 0;
   needs_repair(now, slot);
 }

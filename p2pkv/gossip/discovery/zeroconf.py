@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from p2pkv.errors import ConfigError
+from p2pkv.gossip.addresses import WILDCARDS
 from p2pkv.gossip.discovery.base import SEEDS_MAX, Found
-from p2pkv.gossip.membership import WILDCARDS
 from p2pkv.types import NodeId
 from p2pkv.wire.peer import Address
 

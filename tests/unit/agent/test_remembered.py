@@ -12,8 +12,7 @@ import pytest
 
 from p2pkv.agent import remembered as module
 from p2pkv.agent.remembered import Remembered
-from p2pkv.gossip.membership import State
-from p2pkv.gossip.views import PeerView
+from p2pkv.gossip.views import PeerView, State
 from p2pkv.index.dump import Interrupted
 from p2pkv.index.hashing import pack_keys
 from p2pkv.index.prefix import PrefixIndex
@@ -28,7 +27,7 @@ def peer(node: int, slot: int | None = 1, **changes: object) -> PeerView:
     card = Card(node, 7, Address("10.0.0.1", node), "", "host", [LAYOUT], ["tcp"])
     view = PeerView(
         node=NodeId(node), epoch=7, address=card.address, state=State.ALIVE, age_ms=5.0, seq=3, entries=100, card=card,
-        rtt_ms=None, conflicts=(), slot=slot, reads_us=True, proven_ms=5.0,
+        rtt_ms=None, conflicts=(), slot=slot, proven_ms=5.0,
     )  # fmt: skip
     return replace(view, **changes)  # type: ignore[arg-type]
 

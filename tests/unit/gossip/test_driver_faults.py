@@ -13,13 +13,17 @@ import msgspec
 import pytest
 
 from p2pkv.config import Peer
+from p2pkv.errors import P2PKVError
 from p2pkv.gossip import net
-from p2pkv.gossip.driver import HELLO_BYTES_MAX, PeerNetwork
-from p2pkv.gossip.protocol import UNINTRODUCED_MAX
+from p2pkv.gossip.control import HELLO_BYTES_MAX, UNINTRODUCED_MAX
+from p2pkv.gossip.driver import PeerNetwork
+from p2pkv.gossip.keyring import public
+from p2pkv.gossip.sealed import Life, Sealer
+from p2pkv.gossip.tickets import hello_ticket
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import PrefixIndex
-from p2pkv.wire.frame import BODY_BYTES_MAX, HEADER, PROTOCOL_MAX, FrameDecoder
-from p2pkv.wire.peer import CODEC, Address, Card, Delta, Hello, PeerError, PeerType, Pin, Welcome
+from p2pkv.wire.frame import BODY_BYTES_MAX, HEADER, PROTOCOL_MAX, FrameDecoder, encode
+from p2pkv.wire.peer import CODEC, Address, Card, Hello, PeerError, PeerType, Pin, Released, Welcome
 
 CLOSED_WITHIN_S = 3.0
 FUZZ_SEED = 20_260_101
@@ -65,8 +69,16 @@ async def rest(sock: socket.socket) -> bytes:
 async def introduced(network: PeerNetwork, **fields: Any) -> socket.socket:
     """A stranger that has said a good HELLO."""
     sock = await connect(network)
-    await asyncio.get_running_loop().sock_sendall(sock, CODEC.encode(hello_of(STRANGER, **fields)))
+    await asyncio.get_running_loop().sock_sendall(sock, CODEC.encode(good_hello(network, **fields)))
     return sock
+
+
+SEALER = Sealer(public(), "test", Life(9, 1, 1))
+
+
+def good_hello(network: PeerNetwork, **fields: Any) -> Hello:
+    """With a ticket, which is good once."""
+    return hello_of(STRANGER, ticket=hello_ticket(SEALER, network.life), **fields)
 
 
 def hello_of(card: Card, **fields: Any) -> Hello:
@@ -92,6 +104,9 @@ def bad_first_frames(card: Card) -> dict[str, bytes]:
         "another message first": CODEC.encode(Pin(1, [], 1)),
         "another protocol": CODEC.encode(hello_of(card, protocol_min=PROTOCOL_MAX + 1, protocol_max=99)),
         "another cell": CODEC.encode(hello_of(card, cell="elsewhere")),
+        "no ticket": good,
+        "a ticket to somebody else": CODEC.encode(hello_of(card, ticket=hello_ticket(SEALER, Life(5, 5, 5)))),
+        "a ticket that is none": CODEC.encode(hello_of(card, ticket=bytes(90))),
         "an unknown role": CODEC.encode(hello_of(card, role="root")),
         "a wrong field": good.replace(b"\xa7control", b"\xc0" * 8),
         "a HELLO that ends in the middle": good[:-3],
@@ -145,8 +160,8 @@ async def test_random_bytes_after_a_good_hello_are_closed_with_a_reason(network:
     loop = asyncio.get_running_loop()
     for _ in range(40):
         sock = await introduced(network)
-        kind = rng.choice((PeerType.RESYNC, PeerType.LEAVE, PeerType.ADVERT, PeerType.PIN, 77, PeerType.GOT))
-        length = rng.randrange(40)
+        kind = rng.choice((PeerType.BYE, PeerType.RELEASE, PeerType.WELCOME, PeerType.PIN, 77, PeerType.GOT))
+        length = rng.randrange(1, 40)
         frame = HEADER.pack(length, 1, kind, 0, 0) + b"\xc1" * length
         await loop.sock_sendall(sock, frame if rng.random() < 0.8 else b"\xff" * 16)
         messages = net_frames(await rest(sock))
@@ -164,10 +179,37 @@ async def test_a_frame_over_the_limit_is_refused_before_it_is_buffered(network: 
     sock.close()
 
 
-async def test_a_stream_from_a_reader_is_a_violation(network: PeerNetwork) -> None:
+async def test_an_answer_from_a_reader_is_a_violation(network: PeerNetwork) -> None:
     sock = await introduced(network)
-    await asyncio.get_running_loop().sock_sendall(sock, CODEC.encode(Delta(1, 1, 1, [])))
+    await asyncio.get_running_loop().sock_sendall(sock, CODEC.encode(Released(True)))
     assert net_frames(await rest(sock))[-1].code == "protocol"
+    sock.close()
+
+
+async def test_a_ticket_is_good_once(network: PeerNetwork) -> None:
+    hello = CODEC.encode(good_hello(network))
+    loop = asyncio.get_running_loop()
+    first = await connect(network)
+    await loop.sock_sendall(first, hello)
+    async with asyncio.timeout(CLOSED_WITHIN_S):
+        assert isinstance(CODEC.decode(await net.read_frame(first, HELLO_BYTES_MAX)), Welcome)
+    again = await connect(network)
+    await loop.sock_sendall(again, hello)
+    assert net_frames(await rest(again))[0].code == "key"
+    for sock in (first, again):
+        sock.close()
+
+
+async def test_letters_of_who_is_no_member_are_counted_and_dropped(network: PeerNetwork) -> None:
+    sock = await introduced(network)
+    loop = asyncio.get_running_loop()
+    rng = random.Random(FUZZ_SEED)
+    for kind in range(30):
+        await loop.sock_sendall(sock, encode(PeerType.LETTER, bytes([kind]) + rng.randbytes(rng.randrange(60))))
+    async with asyncio.timeout(CLOSED_WITHIN_S):
+        while network.stats().get("unintroduced", 0) < 30:
+            await asyncio.sleep(0.01)
+    assert not network.peers()
     sock.close()
 
 
@@ -182,35 +224,30 @@ async def test_a_crowd_that_says_nothing_is_bounded_and_goes(network: PeerNetwor
     await still_serves(network)
 
 
-async def test_an_owner_that_never_welcomes_is_given_up(network: PeerNetwork) -> None:
-    listener = await net.listen("127.0.0.1", 0)
-    try:
-        network._on_seeds("static", [addr(listener)])
-        there, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(listener), 5.0)
-        there.setblocking(False)
-        assert isinstance(net_frames(await rest(there))[0], Hello)
-        there.close()
-    finally:
-        listener.close()
-
-
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00" * 12, bytes(range(64)), b""])
-async def test_an_owner_that_answers_nonsense_is_left(network: PeerNetwork, answer: bytes) -> None:
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00" * 12, bytes(range(64)), b""])
+async def test_an_owner_that_answers_nonsense_or_nothing_is_left(network: PeerNetwork, answer: bytes | None) -> None:
     listener = await net.listen("127.0.0.1", 0)
     loop = asyncio.get_running_loop()
+
+    async def answers() -> None:
+        there, _ = await loop.sock_accept(listener)
+        with there:
+            there.setblocking(False)
+            assert isinstance(CODEC.decode(await net.read_frame(there, HELLO_BYTES_MAX)), Hello)
+            if answer is None:
+                await asyncio.sleep(60)
+            elif answer:
+                await loop.sock_sendall(there, answer)
+            else:
+                there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    task = asyncio.ensure_future(answers())
     try:
-        network._on_seeds("static", [addr(listener)])
-        there, _ = await asyncio.wait_for(loop.sock_accept(listener), 5.0)
-        there.setblocking(False)
-        if answer:
-            await loop.sock_sendall(there, answer)
-        else:
-            there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            there.close()
-        if answer:
-            await rest(there)
-            there.close()
+        with pytest.raises((P2PKVError, OSError, TimeoutError)):
+            async with asyncio.timeout(0.5):
+                await network._control._introduce_to(addr(listener), Life(5, 1, 5), "control")
     finally:
+        task.cancel()
         listener.close()
     await still_serves(network)
 
@@ -226,7 +263,7 @@ def net_frames(data: bytes) -> list[Any]:
 async def still_serves(network: PeerNetwork) -> None:
     """A well-behaved reader gets its welcome, whatever happened before."""
     sock = await connect(network)
-    hello = CODEC.encode(hello_of(STRANGER, role="data"))
+    hello = CODEC.encode(good_hello(network, role="data"))
     await asyncio.get_running_loop().sock_sendall(sock, hello)
     async with asyncio.timeout(CLOSED_WITHIN_S):
         frame = await net.read_frame(sock, HELLO_BYTES_MAX)

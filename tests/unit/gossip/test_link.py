@@ -21,7 +21,7 @@ from p2pkv.gossip import link as link_module
 from p2pkv.gossip.link import PeerLink, peer_error, refusal
 from p2pkv.types import NodeId
 from p2pkv.wire.frame import Frame, FrameDecoder
-from p2pkv.wire.peer import CODEC, Leave, PeerError, Pin, Pinned, Release, Released
+from p2pkv.wire.peer import CODEC, Bye, PeerError, Pin, Pinned, Release, Released
 
 
 class Wire:
@@ -116,7 +116,7 @@ async def test_requests_in_flight_are_bounded(wire: Wire, monkeypatch: pytest.Mo
 
 async def test_only_the_reader_asks_and_only_what_is_a_request(wire: Wire, card: Any) -> None:
     with pytest.raises(LocalProtocolError):
-        await wire.link.request(Leave(1), 1.0)
+        await wire.link.request(Bye(), 1.0)
     with pytest.raises(LocalProtocolError):
         await Wire(card(), dialed=False).link.request(Release(1), 1.0)
 

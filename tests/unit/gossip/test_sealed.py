@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from p2pkv.errors import InvalidArgument, LocalProtocolError
 from p2pkv.gossip import sealed
+from p2pkv.gossip._gossip import ReplayWindow
 from p2pkv.gossip.keyring import Key, Keyring
 from p2pkv.gossip.sealed import (
     COUNTER_MAX,
@@ -101,14 +102,15 @@ def test_what_is_too_far_behind_is_taken_for_a_replay() -> None:
 
 @given(st.lists(st.integers(0, 3 * WINDOW), max_size=200))
 def test_the_window_says_what_a_set_would(counters: list[int]) -> None:
-    sender = sealed._Sender(ME)
+    window = ReplayWindow()
     used: set[int] = set()
     for counter in counters:
         behind = max(used, default=-1) - counter
-        assert sender.fresh(counter) == (counter not in used and behind < WINDOW)
-        if sender.fresh(counter):
-            sender.use(counter)
+        assert window.fresh(counter) == (counter not in used and behind < WINDOW)
+        if window.fresh(counter):
+            window.use(counter)
             used.add(counter)
+    assert not window.fresh(COUNTER_MAX), "the one after it would be the first again"
 
 
 def test_counters_are_never_used_twice() -> None:
@@ -119,7 +121,7 @@ def test_counters_are_never_used_twice() -> None:
         sealer.keyring = ring_of[i // 100]  # a rotation does not begin anew
         seen.add(HEADER.unpack(sealer.seal(b"same")[: HEADER.size])[-1])
     assert len(seen) == 400
-    last = Sealer(ONE, "cell", ME, first=COUNTER_MAX)
+    last = Sealer(ONE, "cell", ME, first=COUNTER_MAX - 1)
     last.seal(b"")
     with pytest.raises(LocalProtocolError, match="no counter"):
         last.seal(b"")
@@ -147,17 +149,15 @@ def test_a_node_cannot_speak_as_another_by_changing_the_header() -> None:
         assert opener.open(forged, 0.0) is Refusal.FORGED
 
 
-def test_a_later_life_makes_earlier_ones_stale() -> None:
+def test_lives_are_told_apart_each_with_its_own_window() -> None:
+    """Which of them is the node's latest is the protocol's to judge: an earlier one must be told."""
     opener = Opener(ONE, "cell", 0.0)
-    old, new, twin = (Sealer(ONE, "cell", Life(7, epoch, n)) for epoch, n in ((3, 1), (4, 2), (4, 3)))
-    kept = old.seal(b"kept back")
-    assert isinstance(opener.open(old.seal(b""), 0.0), Opened)
-    assert isinstance(opener.open(new.seal(b""), 0.0), Opened)
-    assert opener.open(kept, 0.0) is Refusal.STALE, "a dead life's heartbeat does not bring it back"
-    assert opener.open(twin.seal(b""), 0.0) is Refusal.STALE, "the first one heard stays"
-    assert isinstance(opener.open(new.seal(b""), 0.0), Opened)
-    opener.forget(7)
-    assert isinstance(opener.open(twin.seal(b""), 0.0), Opened)
+    lives = [Life(7, 3, 1), Life(7, 4, 2), Life(7, 4, 3)]
+    sealers = [Sealer(ONE, "cell", life) for life in lives]
+    for _ in range(3):
+        frames = [sealer.seal(b"") for sealer in sealers]
+        assert [opener.open(frame, 0.0).life for frame in frames] == lives  # type: ignore[union-attr]
+        assert {opener.open(frame, 0.0) for frame in frames} == {Refusal.REPLAYED}
 
 
 def test_a_later_life_has_to_prove_itself_first() -> None:
@@ -205,15 +205,26 @@ def test_strangers_are_looked_at_so_many_a_second() -> None:
     assert len(opener._senders) == 1, "nothing is kept of them"
 
 
-def test_senders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_senders_are_bounded_and_who_was_heard_longest_ago_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealed, "SENDERS_MAX", 3)
     opener = Opener(ONE, "cell", 0.0)
     sealers = [Sealer(ONE, "cell", Life(n, 1, 1)) for n in range(4)]
-    found = [opener.open(sealer.seal(b""), 0.0) for sealer in sealers]
-    assert [type(each) for each in found[:3]] == [Opened] * 3 and found[3] is Refusal.FLOODED
-    again = Sealer(ONE, "cell", Life(0, 2, 1))
-    assert isinstance(opener.open(again.seal(b""), 0.0), Opened), "a later life takes the place of its earlier one"
+    firsts = [sealer.seal(b"") for sealer in sealers]
+    for frame in (firsts[0], firsts[1], firsts[2], sealers[0].seal(b""), firsts[3]):
+        assert isinstance(opener.open(frame, 0.0), Opened)
+    assert [life.node for life in opener._senders] == [2, 0, 3]
+    assert opener.open(firsts[0], 0.0) is Refusal.REPLAYED
     assert SENDERS_MAX >= 1_024
+
+
+def test_another_life_of_this_node_begins_with_counters_and_a_key_of_its_own() -> None:
+    sealer, opener = pair()
+    first = sealer.seal(b"same")
+    sealer.begin(ME._replace(epoch=ME.epoch + 1, instance=99))
+    second = sealer.seal(b"same")
+    assert HEADER.unpack(second[: HEADER.size])[-1] == HEADER.unpack(first[: HEADER.size])[-1]
+    assert first[HEADER.size :] != second[HEADER.size :]
+    assert isinstance(opener.open(second, 0.0), Opened)
 
 
 def test_a_payload_that_is_too_long_is_refused() -> None:

@@ -203,7 +203,7 @@ def test_a_wrong_byte_rejects_its_block_alone(bench: Bench) -> None:
     "answer",
     [
         got(b"x" * 100, version=2),
-        got(b"x" * 100, kind=PeerType.DELTA),
+        got(b"x" * 100, kind=PeerType.LETTER),
         got(b"x" * 100, b"y" * 100),
         got(),
         got(b"x" * 100, lengths=[99]),

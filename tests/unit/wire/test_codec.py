@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from p2pkv.errors import RemoteProtocolError
 from p2pkv.types import Layout
-from p2pkv.wire import engine, peer
+from p2pkv.wire import codec, engine, peer
 from p2pkv.wire.engine_types import EngineType
 from p2pkv.wire.frame import Frame, FrameDecoder
 
@@ -62,7 +62,8 @@ def test_its_bytes_are_those_of_a_struct_of_the_same_fields(fields: dict[str, ob
     assert body_of(engine.CODEC.encode(engine.Open(layout))) == pack([struct])
     card = peer.Card(1, 2, peer.Address("h", 3), "", "", [layout, layout], [])
     twin = [1, 2, ["h", 3], "", "", [struct, struct], [], 0]
-    assert body_of(peer.CODEC.encode(peer.Advert(card))) == pack([twin])
+    assert codec.pack(card) == pack(twin)
+    assert peer.unpack_card(codec.pack(card)) == card
 
 
 def test_its_bytes_never_change() -> None:

@@ -1,0 +1,220 @@
+"""The UDP socket: frames out, sealed once for all who get them; frames in, opened. No protocol.
+
+Bound to the same host and port as the TCP listener, so that one address names both. On the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from p2pkv.gossip.keyring import Keyring
+from p2pkv.gossip.sealed import FRAME_BYTES_MAX, HEADER, Life, Opener, Refusal, Sealer
+
+READS_MAX: Final = 256
+"""Datagrams per wake-up of the socket: others on the loop get their turn."""
+BUFFER_BYTES: Final = 4 << 20
+"""Of the socket, each way (the kernel may give less): a second of a full cell's frames while this process stalls."""
+NAMES_MAX: Final = 8_192
+RESOLVE_AGAIN_S: Final = 30.0
+SAY_AGAIN_S: Final = 30.0
+
+log = logging.getLogger("p2pkv.gossip")
+
+SocketAddress = tuple[Any, ...]
+Take = Callable[[Life, str, bytes], None]
+
+
+class Datagrams:
+    """Frames to and from addresses (``host:port``).
+
+    Args:
+        sock: bound, non-blocking; owned by this object from here on.
+        take: gets every frame that was opened: who sealed it, the address that it came from, its payload.
+        taken: called after a batch of them.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        sealer: Sealer,
+        opener: Opener,
+        clock: Callable[[], float],
+        take: Take,
+        taken: Callable[[], None],
+        counters: Counter[str],
+    ) -> None:
+        self.sealer = sealer
+        self.opener = opener
+        self._sock = sock
+        self._clock = clock
+        self._take = take
+        self._taken = taken
+        self._counters = counters
+        self._resolved: dict[str, tuple[SocketAddress | None, float]] = {}
+        self._resolving: set[asyncio.Task[None]] = set()
+        self._names: dict[SocketAddress, str] = {}
+        self._said: dict[tuple[str, str], float] = {}
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+        asyncio.get_running_loop().add_reader(sock, self._readable)
+
+    def close(self) -> None:
+        """Close the socket. Idempotent."""
+        if self._sock.fileno() < 0:
+            return
+        asyncio.get_running_loop().remove_reader(self._sock)
+        for task in self._resolving:
+            task.cancel()
+        self._sock.close()
+
+    def rekey(self, keyring: Keyring) -> None:
+        """From now on seal with its key in use, and open with all of its keys."""
+        self.opener.rekey(keyring)
+        self.sealer.keyring = keyring
+
+    # --- out
+
+    def send(self, payload: bytes, addresses: Iterable[str]) -> None:
+        """Seal a payload and send it to all of these. What cannot be sent now is lost, as on the way."""
+        frame = self.sealer.seal(payload)
+        send, resolved, counters = self._sock.sendto, self._resolved, self._counters
+        sent = 0
+        for address in addresses:
+            known = resolved.get(address)
+            to = known[0] if known is not None else self._resolve(address)
+            if to is None:
+                self._look_again(address, known)
+                continue
+            try:
+                send(frame, to)
+                sent += 1
+            except (BlockingIOError, InterruptedError):
+                counters["frames_not_sent"] += 1
+            except OSError:
+                counters["frames_not_sent"] += 1  # no route, or a firewall's word: as good as lost
+        counters["frames_sent"] += sent
+        counters["frame_bytes_sent"] += sent * len(frame)
+
+    def _resolve(self, address: str) -> SocketAddress | None:
+        """Now for a numeric address; a name takes a task, and what is sent meanwhile is lost."""
+        host, _, port = address.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if len(self._resolved) >= NAMES_MAX:
+            self._resolved.clear()
+        try:
+            infos = socket.getaddrinfo(
+                host, port, self._sock.family, socket.SOCK_DGRAM,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )  # fmt: skip
+        except (OSError, ValueError):
+            self._resolved[address] = None, self._clock()
+            task = asyncio.get_running_loop().create_task(self._resolve_name(address, host, port))
+            self._resolving.add(task)
+            task.add_done_callback(self._resolving.discard)
+            return None
+        self._resolved[address] = infos[0][4], float("inf")
+        return infos[0][4]
+
+    async def _resolve_name(self, address: str, host: str, port: str) -> None:
+        try:
+            infos = await asyncio.get_running_loop().getaddrinfo(
+                host, port, family=self._sock.family, type=socket.SOCK_DGRAM
+            )
+        except (OSError, ValueError) as error:
+            self._say("resolve", address, f"cannot look up {address}: {error}", logging.WARNING)
+            return
+        self._resolved[address] = infos[0][4], self._clock()
+
+    def _look_again(self, address: str, known: tuple[SocketAddress | None, float] | None) -> None:
+        if known is not None and self._clock() - known[1] > RESOLVE_AGAIN_S:
+            del self._resolved[address]  # the next frame asks again
+
+    def refresh(self) -> None:
+        """Forget the addresses of names that were looked up long ago: pods move."""
+        old = self._clock() - RESOLVE_AGAIN_S
+        for address, (_, at) in list(self._resolved.items()):
+            if at < old:
+                del self._resolved[address]
+
+    # --- in
+
+    def _readable(self) -> None:
+        now = self._clock()
+        received = 0
+        opened = 0
+        try:
+            for _ in range(READS_MAX):
+                data, source = self._sock.recvfrom(FRAME_BYTES_MAX + 1)
+                received += len(data)
+                outcome = self.opener.open(data, now)
+                if isinstance(outcome, Refusal):
+                    self._refused(outcome, data, source)
+                    continue
+                opened += 1
+                self._take(outcome.life, self._names.get(source) or self._name(source), outcome.payload)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self._counters["receive_errors"] += 1
+            log.debug("receiving a datagram: %s", error)
+        finally:
+            self._counters["frames_received"] += opened
+            self._counters["frame_bytes_received"] += received
+            self._taken()
+
+    def _name(self, source: SocketAddress) -> str:
+        host, port = source[0], source[1]
+        if len(self._names) >= NAMES_MAX:
+            self._names.clear()
+        name = self._names[source] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return name
+
+    def _refused(self, why: Refusal, data: bytes, source: SocketAddress) -> None:
+        self._counters[f"frames_{why.value}"] += 1
+        if why not in (Refusal.UNKNOWN_KEY, Refusal.FORGED, Refusal.VERSION):
+            return
+        name = self._name(source)
+        if why is Refusal.UNKNOWN_KEY:
+            key_id = HEADER.unpack_from(data)[2]
+            text = f"{name} seals its frames with a key that this node does not have ({key_id:08x})"
+        elif why is Refusal.VERSION:
+            text = f"{name} sends frames of a version that this build does not speak ({data[0]})"
+        else:
+            text = f"{name} is of another cell, or forges frames, or the network changes them"
+        self._say(why.value, str(source[0]), text, logging.ERROR)
+
+    def _say(self, what: str, whom: str, text: str, level: int) -> None:
+        """At most once per address and half minute: strangers must not be able to fill the log."""
+        now = self._clock()
+        if now - self._said.get((what, whom), float("-inf")) < SAY_AGAIN_S:
+            return
+        if len(self._said) >= NAMES_MAX:
+            self._said.clear()
+        self._said[what, whom] = now
+        log.log(level, "%s", text)
+
+
+def bind(listener: socket.socket) -> socket.socket:
+    """A UDP socket on the address that a TCP socket listens on.
+
+    Raises:
+        OSError: that port is taken for UDP.
+    """
+    sock = socket.socket(listener.family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        if listener.family == socket.AF_INET6:
+            sock.setsockopt(
+                socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            )
+        sock.bind(listener.getsockname())
+    except BaseException:
+        sock.close()
+        raise
+    return sock
