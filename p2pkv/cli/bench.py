@@ -95,6 +95,14 @@ def index(
 
 
 @app.command()
+def gossip(quick: Quick = False, json: Json = False, check: Check = False) -> None:
+    """What the news of a thousand-node cell costs one agent, with real sockets and seals."""
+    from p2pkv.bench import gossip as bench
+
+    finish(bench.run(quick=quick), json=json, check=check)
+
+
+@app.command()
 def busy(
     transport: Annotated[str, typer.Option(help="auto, tcp or nixl.")] = "auto",
     model: Annotated[Path, typer.Option(help="Where the small model is kept between runs.")] = Path(
