@@ -16,8 +16,10 @@ JOBS ?= $(shell nproc)
 UNIT_JOBS ?= $(shell expr $(JOBS) + 1)  # some of them wait
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SIM_SEEDS ?= 1000
+SIM_ARGS ?=
 LOCK_ARGS ?= --upgrade
-BENCHES ?= fetch failover stress idle index
+BENCHES ?= fetch failover stress idle index gossip
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -113,7 +115,18 @@ test-deep: setup ## models and fuzzed decoders: searches that take seconds each,
 .PHONY: test-integration
 test-integration: setup ## contract suites and real agents on this host
 	$(call run_pytest,tests/unit -m "not e2e and not deep and not ($(UNIT))")
-	$(call run_pytest,tests --ignore=tests/unit --ignore=tests/e2e -m "not e2e" --durations=10)
+	$(call run_pytest,tests --ignore=tests/unit --ignore=tests/e2e --ignore=tests/netns --ignore=tests/sim -m "not e2e" \
+	  --durations=10)
+
+.PHONY: sim
+sim: setup ## the gossip under virtual time: chaos with and without its guards, and a small cell's promises
+	@$(PYTEST) tests/sim -n $(JOBS)
+	@$(BIN)/p2pkv sim --chaos $(SIM_SEEDS) --check
+	@$(BIN)/p2pkv sim --nodes 100 --pair-seconds 1e6 --stall 5:16 --partition 300 --restart 20 --check $(SIM_ARGS)
+
+.PHONY: test-netns
+test-netns: setup ## eight real agents on hosts of their own, with loss and partitions (needs root, iproute2, nftables)
+	@$(PYTEST) tests/netns -s
 
 # The two environments do not depend on each other: built side by side, a first run is shorter by a minute.
 .PHONY: environments

@@ -1,7 +1,7 @@
 """``p2pkv bench gossip``: what the news of a thousand-node cell costs one agent, with real sockets and seals.
 
-The agent's peer network runs in a process of its own, on a processor of its own; the other nodes are in this one. Each of
-them tells its log five times a second, as a cell of a thousand does, and the agent tells its own to all of them.
+The agent's peer network runs in a process of its own, on a processor of its own; the other nodes are in this one. Each
+of them tells its log five times a second, as a cell of a thousand does, and the agent tells its own to all of them.
 """
 
 from __future__ import annotations

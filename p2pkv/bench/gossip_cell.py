@@ -41,7 +41,7 @@ class Other:
         self._sealer = Sealer(ring, "bench", self.life)
         self._opener = Opener(ring, "bench", 0.0)
         now = time.monotonic()
-        address = "127.0.0.1:%d" % self.sock.getsockname()[1]
+        address = f"127.0.0.1:{self.sock.getsockname()[1]}"
         settings = {"members_max": 4, "flush_s": 0.001, "heartbeat_s": 0.05, "silence_s": 1e6, "digest_s": 1e6}
         self.core = Gossip(
             settings, *self.life, address, self._index.entries, self.log.entries, rng.getrandbits(64), now

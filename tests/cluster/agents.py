@@ -59,7 +59,14 @@ def make_layout(block_bytes: int = 65_536, **changes: Any) -> Layout:
 class AgentProcess:
     """One agent. Made by :meth:`Cluster.start`; attributes that need a running agent are there after :meth:`ready`."""
 
-    def __init__(self, directory: Path, name: str, arguments: list[str], program: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        arguments: list[str],
+        program: list[str] | None = None,
+        prefix: list[str] | None = None,
+    ) -> None:
         self.name = name
         self.socket = str(directory / f"{name}.sock")
         self.log_path = directory / f"{name}.log"
@@ -68,6 +75,7 @@ class AgentProcess:
         self.peer_port = 0
         self.http_port = 0
         self.transports: list[str] = []
+        self._prefix = prefix or []  # of the command; it must execute the rest in its place
         self._program = program or ["-m", "p2pkv.cli", "agent"]
         self._clients: list[AgentClient] = []
         self._ready = -1
@@ -81,7 +89,7 @@ class AgentProcess:
         root = str(Path(p2pkv.__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._ready, write_end = os.pipe()
-        command = [sys.executable, *self._program, "--socket", self.socket, "--ready-fd", str(write_end)]
+        command = [*self._prefix, sys.executable, *self._program, "--socket", self.socket, "--ready-fd", str(write_end)]
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 command + self.arguments, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

@@ -16,6 +16,7 @@ constexpr double kRenewAgainS = 10.0;
 constexpr double kRttMostS = 0.5;
 constexpr double kBlameShare = 0.25;
 constexpr std::size_t kBlameLeast = 3;
+constexpr double kTogetherBeats = 3.0;
 
 std::string hex(NodeId node) {
   char text[20];
@@ -379,11 +380,13 @@ void Gossip::hide(double now, std::uint32_t slot, const std::string& why) {
 void Gossip::judge(double now) {
   const double silence = silence_s();
   std::vector<std::uint32_t> silent;
+  std::size_t quiet = 0;  // silent, or about to be: those that end together do not fall silent in the same moment
   for (std::uint32_t slot = 1; slot < members_.size(); ++slot) {
     if (!members_[slot]) continue;
     const Member& member = *members_[slot];
     if (member.state == State::kAlive) {
       if (now - member.last_heard > silence) silent.push_back(slot);
+      quiet += now - member.last_heard > silence - kTogetherBeats * heartbeat_s();
     } else if (now - member.since > settings_.purge_s) {
       ++counts.purged;
       events.push_back({Event::Kind::kPurged, member.life.node, slot, 0, {}});
@@ -391,11 +394,11 @@ void Gossip::judge(double now) {
     }
   }
   if (silent.empty()) return;
-  const bool many = silent.size() > kBlameLeast && static_cast<double>(silent.size()) > kBlameShare * static_cast<double>(alive_);
+  const bool many = quiet > kBlameLeast && static_cast<double>(quiet) > kBlameShare * static_cast<double>(alive_);
   if (many && now - pardoned_at_ > 2 * silence) {
     pardoned_at_ = now;
     say(Event::Kind::kWarning, 0,
-        std::to_string(silent.size()) + " of " + std::to_string(alive_) +
+        std::to_string(quiet) + " of " + std::to_string(alive_) +
             " members fell silent at once: this node may be to blame, and waits as long again");
   }
   for (const std::uint32_t slot : silent) {
