@@ -195,6 +195,10 @@ fuzz-http: setup $(VENV_FUZZ)/.stamp ## schemathesis against an agent's HTTP end
 fuzz-index: ## a minute of libFuzzer on the index's core (needs clang++)
 	@scripts/fuzz_index.sh
 
+.PHONY: fuzz-gossip
+fuzz-gossip: ## a minute of libFuzzer on the gossip's core (needs clang++)
+	@scripts/fuzz_gossip.sh
+
 $(VENV_FUZZ)/.stamp: requirements/schemathesis.txt
 	@PYTHON="$(PYTHON)" scripts/make_venv.sh $(VENV_FUZZ)
 	@$(VENV_FUZZ)/bin/python -m pip install --quiet --no-deps --only-binary :all: -r requirements/schemathesis.txt

@@ -58,8 +58,7 @@ async def run(keys: str, changes_per_s: float) -> None:
     done = asyncio.Event()
 
     def on_line() -> None:
-        line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined]
-        if not line:
+        if not os.read(0, 4_096):
             done.set()
             return
         counts, index_stats = network.stats(), index.stats()
