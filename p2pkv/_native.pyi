@@ -24,6 +24,12 @@ def collapse(address: int, length: int) -> int:
     """Have the whole huge pages of this range be huge pages (MADV_COLLAPSE); how many bytes are now. Keeps what is in
     them; blocks without the GIL, some ms for each 64 MiB."""
 
+def send_to_all(fd: int, frame: bytes, addresses: bytes, address_bytes: int) -> int:
+    """Sends a datagram to each of the packed socket addresses; returns how many the socket took. Never blocks."""
+
+def receive_all(fd: int, most: int) -> list[tuple[bytes, bytes]]:
+    """Datagrams that have come, each with its packed socket address; each cut off behind 2,048 bytes. Never blocks."""
+
 class Mapping:
     """The first ``length`` bytes of a file, shared, as a buffer; unmapped with the last reference to it or its buffers.
 

@@ -8,18 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import struct
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final
 
+from p2pkv import _native
 from p2pkv.gossip.keyring import Keyring
-from p2pkv.gossip.sealed import FRAME_BYTES_MAX, HEADER, Life, Opener, Refusal, Sealer
+from p2pkv.gossip.sealed import HEADER, Life, Opener, Refusal, Sealer
 
 READS_MAX: Final = 256
 """Datagrams per wake-up of the socket: others on the loop get their turn."""
 BUFFER_BYTES: Final = 4 << 20
 """Of the socket, each way (the kernel may give less): a second of a full cell's frames while this process stalls."""
 NAMES_MAX: Final = 8_192
+MANY: Final = 4
+"""Addresses from which on one call sends to all of them."""
+ADDRESS_BYTES: Final = {socket.AF_INET: 16, socket.AF_INET6: 28}
 RESOLVE_AGAIN_S: Final = 30.0
 SAY_AGAIN_S: Final = 30.0
 
@@ -58,7 +63,11 @@ class Datagrams:
         self._counters = counters
         self._resolved: dict[str, tuple[SocketAddress | None, float]] = {}
         self._resolving: set[asyncio.Task[None]] = set()
-        self._names: dict[SocketAddress, str] = {}
+        self._names: dict[bytes, str] = {}
+        self._many: list[str] = []
+        self._many_packed = b""
+        self._many_left = False
+        self._address_bytes = ADDRESS_BYTES[sock.family]
         self._said: dict[tuple[str, str], float] = {}
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
@@ -80,11 +89,15 @@ class Datagrams:
 
     # --- out
 
-    def send(self, payload: bytes, addresses: Iterable[str]) -> None:
+    def send(self, payload: bytes, addresses: list[str]) -> None:
         """Seal a payload and send it to all of these. What cannot be sent now is lost, as on the way."""
         frame = self.sealer.seal(payload)
         send, resolved, counters = self._sock.sendto, self._resolved, self._counters
         sent = 0
+        if len(addresses) >= MANY:
+            packed, addresses = self._pack(addresses)
+            sent = _native.send_to_all(self._sock.fileno(), frame, packed, self._address_bytes)
+            counters["frames_not_sent"] += len(packed) // self._address_bytes - sent
         for address in addresses:
             known = resolved.get(address)
             to = known[0] if known is not None else self._resolve(address)
@@ -100,6 +113,21 @@ class Datagrams:
                 counters["frames_not_sent"] += 1  # no route, or a firewall's word: as good as lost
         counters["frames_sent"] += sent
         counters["frame_bytes_sent"] += sent * len(frame)
+
+    def _pack(self, addresses: list[str]) -> tuple[bytes, list[str]]:
+        """Socket addresses as the kernel takes them, of all that are resolved; and the others."""
+        if addresses is self._many and not self._many_left:
+            return self._many_packed, []
+        pieces, left = [], []
+        for address in addresses:
+            to = (self._resolved.get(address) or (None,))[0]
+            if to is None:
+                left.append(address)
+            else:
+                pieces.append(pack_address(self._sock.family, to))
+        # The same list as long as the same members are there: the core keeps it.
+        self._many, self._many_packed, self._many_left = addresses, b"".join(pieces), bool(left)
+        return self._many_packed, left
 
     def _resolve(self, address: str) -> SocketAddress | None:
         """Now for a numeric address; a name takes a task, and what is sent meanwhile is lost."""
@@ -138,6 +166,7 @@ class Datagrams:
     def refresh(self) -> None:
         """Forget the addresses of names that were looked up long ago: pods move."""
         old = self._clock() - RESOLVE_AGAIN_S
+        self._many = []
         for address, (_, at) in list(self._resolved.items()):
             if at < old:
                 del self._resolved[address]
@@ -148,34 +177,25 @@ class Datagrams:
         now = self._clock()
         received = 0
         opened = 0
-        try:
-            for _ in range(READS_MAX):
-                data, source = self._sock.recvfrom(FRAME_BYTES_MAX + 1)
-                received += len(data)
-                outcome = self.opener.open(data, now)
-                if isinstance(outcome, Refusal):
-                    self._refused(outcome, data, source)
-                    continue
-                opened += 1
-                self._take(outcome.life, self._names.get(source) or self._name(source), outcome.payload)
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError as error:
-            self._counters["receive_errors"] += 1
-            log.debug("receiving a datagram: %s", error)
-        finally:
-            self._counters["frames_received"] += opened
-            self._counters["frame_bytes_received"] += received
-            self._taken()
+        for data, source in _native.receive_all(self._sock.fileno(), READS_MAX):
+            received += len(data)
+            outcome = self.opener.open(data, now)
+            if isinstance(outcome, Refusal):
+                self._refused(outcome, data, source)
+                continue
+            opened += 1
+            self._take(outcome.life, self._names.get(source) or self._name(source), outcome.payload)
+        self._counters["frames_received"] += opened
+        self._counters["frame_bytes_received"] += received
+        self._taken()
 
-    def _name(self, source: SocketAddress) -> str:
-        host, port = source[0], source[1]
+    def _name(self, source: bytes) -> str:
         if len(self._names) >= NAMES_MAX:
             self._names.clear()
-        name = self._names[source] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        name = self._names[source] = name_of(source)
         return name
 
-    def _refused(self, why: Refusal, data: bytes, source: SocketAddress) -> None:
+    def _refused(self, why: Refusal, data: bytes, source: bytes) -> None:
         self._counters[f"frames_{why.value}"] += 1
         if why not in (Refusal.UNKNOWN_KEY, Refusal.FORGED, Refusal.VERSION):
             return
@@ -187,7 +207,7 @@ class Datagrams:
             text = f"{name} sends frames of a version that this build does not speak ({data[0]})"
         else:
             text = f"{name} is of another cell, or forges frames, or the network changes them"
-        self._say(why.value, str(source[0]), text, logging.ERROR)
+        self._say(why.value, name.rpartition(":")[0], text, logging.ERROR)
 
     def _say(self, what: str, whom: str, text: str, level: int) -> None:
         """At most once per address and half minute: strangers must not be able to fill the log."""
@@ -198,6 +218,25 @@ class Datagrams:
             self._said.clear()
         self._said[what, whom] = now
         log.log(level, "%s", text)
+
+
+def pack_address(family: int, address: SocketAddress) -> bytes:
+    """A socket address as the kernel takes it (sockaddr_in, sockaddr_in6)."""
+    head = struct.pack("=H", family) + struct.pack("!H", address[1])
+    if family == socket.AF_INET:
+        return head + socket.inet_aton(address[0]) + bytes(8)
+    flow, scope = address[2:4] if len(address) > 3 else (0, 0)
+    host = address[0].partition("%")[0]
+    return head + struct.pack("!I", flow) + socket.inet_pton(socket.AF_INET6, host) + struct.pack("=I", scope)
+
+
+def name_of(packed: bytes) -> str:
+    """``host:port`` of a socket address that the kernel gave."""
+    (family,) = struct.unpack_from("=H", packed)
+    (port,) = struct.unpack_from("!H", packed, 2)
+    if family == socket.AF_INET:
+        return f"{socket.inet_ntoa(packed[4:8])}:{port}"
+    return f"[{socket.inet_ntop(socket.AF_INET6, packed[8:24])}]:{port}"
 
 
 def bind(listener: socket.socket) -> socket.socket:

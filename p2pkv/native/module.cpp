@@ -25,6 +25,7 @@ void bind_gets(nb::module_& m);
 void bind_inline(nb::module_& m);
 void bind_msgpack(nb::module_& m);
 void bind_mapping(nb::module_& m);
+void bind_datagrams(nb::module_& m);
 
 namespace {
 
@@ -167,6 +168,7 @@ NB_MODULE(_native, m) {
     bind_inline(m);
     bind_msgpack(m);
     bind_mapping(m);
+    bind_datagrams(m);
 
     nb::class_<Hasher>(m, "Hasher")
         .def(nb::init<>())

@@ -25,6 +25,8 @@ constexpr double kServeBytesPerS = 256.0 * (1U << 20U);
 constexpr double kCardAgainS = 1.0;
 constexpr double kRefusedWaitS = 5.0;
 constexpr std::size_t kRecentMax = 256;
+constexpr std::uint32_t kHeardLatelyMs = 2'000;
+constexpr double kHelloAgainS = 0.2;
 
 }  // namespace
 
@@ -368,7 +370,14 @@ void Gossip::on_digest(double now, const Life& from, std::string_view bytes) {
       const Replica& replica = members_[slot]->replica;
       if (entry.seq > std::max(replica.seq(), replica.said())) heard_of(now, slot, entry.seq);
     } else if (slot == 0 || members_[slot]->life.epoch < entry.life.epoch) {
-      if (contacts_.learn(now, entry.address) == kNoContact) ++counts.contacts_full;
+      const ContactId id = contacts_.learn(now, entry.address);
+      if (id == kNoContact) {
+        ++counts.contacts_full;
+      } else if (entry.age_ms < kHeardLatelyMs && now - contacts_[id].sent_at > kHelloAgainS) {
+        // Somebody has just heard it: worth a HELLO before its turn (a partition heals as fast as this spreads).
+        contacts_[id].next_at = std::min(contacts_[id].next_at, now);
+        contacts_[id].failures = std::min(contacts_[id].failures, 1U);
+      }
     }
   }
   probe(now);
