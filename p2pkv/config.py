@@ -72,6 +72,9 @@ class Peer(Section, frozen=True):
     dns: str = ""  # host:port of a headless service; every address behind it is a seed, looked up again every 10 s
     zeroconf: bool = False  # find seeds on the LAN by multicast DNS
     keys: str = ""  # path of the cell's key file (`p2pkv keys generate`), read again when it changes; empty = no key
+    tls_certificate: str = ""  # PEM; with key and authority: mutual TLS between agents (slower; read when they change)
+    tls_key: str = ""
+    tls_authority: str = ""  # whose certificates are good
     insecure: bool = False  # allow a non-loopback bind without a key: whoever reaches the port can join
     heartbeat_ms: int = 200  # of an idle ownership stream
     flush_ms: int = 100  # ownership changes are batched this long
@@ -352,6 +355,9 @@ def _check_values(config: Config) -> None:
         parse_address(seed, key="peer.seeds")
     if config.peer.dns:
         parse_address(config.peer.dns, key="peer.dns")
+    tls = (config.peer.tls_certificate, config.peer.tls_key, config.peer.tls_authority)
+    if any(tls) and not all(tls):
+        raise ConfigError("peer.tls_certificate, peer.tls_key and peer.tls_authority go together", given=tls)
     if not is_loopback(config.peer.host) and not config.peer.keys and not config.peer.insecure:
         raise ConfigError(
             "peer.host is not loopback, and the cell has no key",

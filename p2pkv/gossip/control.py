@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from p2pkv.gossip.connection import ControlConnection
 from p2pkv.gossip.link import PeerLink
 from p2pkv.gossip.requests import Requests
 from p2pkv.gossip.sealed import Life, Opener, Sealer
+from p2pkv.gossip.tls import Tls
 from p2pkv.types import NodeId
 from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, Frame, encode
 from p2pkv.wire.peer import CODEC, Address, Bye, Card, Hello, PeerError, PeerType, Welcome
@@ -119,6 +121,7 @@ class Control:
         on_lost: Callable[[int], None],
         on_data: Callable[[socket.socket, Hello], None],
         counters: Counter[str],
+        tls: Tls | None = None,
     ) -> None:
         self._settings = settings
         self._cell = cell
@@ -131,6 +134,7 @@ class Control:
         self._on_lost = on_lost
         self._on_data = on_data
         self._counters = counters
+        self._tls = tls
         self._queue_bytes_max = parse_size(settings.send_queue, key="peer.send_queue")
         self._handshake_s = settings.handshake_ms / 1e3
         self._listener: socket.socket | None = None
@@ -170,6 +174,8 @@ class Control:
                 waiting.cancel()
             for connection in closing:
                 connection.abort("this node is leaving")
+        if self._tls is not None:
+            await self._tls.stop()
 
     def tick(self) -> None:
         """Now and then: close what nobody needs, and those who do not read."""
@@ -325,6 +331,8 @@ class Control:
             card = msgspec.structs.replace(card, layouts=[])  # gossip has told them
         hello = CODEC.encode(Hello(PROTOCOL_MIN, PROTOCOL_MAX, self._cell, role, card, ticket))
         sock = await net.connect(where)
+        if self._tls is not None:
+            sock = await self._tls.wrap(sock, server=False)
         try:
             await asyncio.get_running_loop().sock_sendall(sock, hello)
             answer = CODEC.decode(await net.read_frame(sock, HELLO_BYTES_MAX))
@@ -381,6 +389,10 @@ class Control:
         try:
             async with asyncio.timeout(self._handshake_s):
                 net.tune(sock)
+                if self._tls is not None:
+                    owned = False
+                    sock = await self._tls.wrap(sock, server=True)
+                    owned = True
                 try:
                     hello = self._judge(await net.read_frame(sock, HELLO_BYTES_MAX), host)
                 except RemoteProtocolError as error:
@@ -408,6 +420,9 @@ class Control:
                 await self._adopt(sock, life_of(card), at(card.address), card, dialed=False)
         except TimeoutError:
             self._counters["handshake_timeouts"] += 1
+        except ssl.SSLError as error:
+            self._counters["tls_failures"] += 1
+            self._say("tls", host, f"refused {host}: {error.reason or error}", logging.ERROR)
         except OSError as error:
             log.debug("an accepted connection ended: %s", error)
         except Exception:

@@ -30,6 +30,7 @@ from p2pkv.gossip.keyfile import KeyFile
 from p2pkv.gossip.link import PeerLink
 from p2pkv.gossip.requests import Handler, Requests
 from p2pkv.gossip.sealed import Life, Opener, Sealer
+from p2pkv.gossip.tls import Tls
 from p2pkv.gossip.views import PeerView, State, layout_conflicts
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import PrefixIndex
@@ -130,6 +131,7 @@ class PeerNetwork:
         if settings.keys:
             self._keys = KeyFile(settings.keys)
             ring = self._keys.keyring
+        tls = Tls.from_settings(settings)
         listener, udp = await self._bind()
         self._port = int(listener.getsockname()[1])
         host, port = settings.host, self._port
@@ -161,7 +163,7 @@ class PeerNetwork:
         self._control = Control(
             settings=settings, cell=self._cell, local=self, sealer=sealer, opener=opener, clock=self._clock,
             requests=self._requests, on_letter=self._take_letter, on_lost=self._connection_lost,
-            on_data=self._take_data, counters=self.counters,
+            on_data=self._take_data, counters=self.counters, tls=tls,
         )  # fmt: skip
         self._datagrams = Datagrams(
             udp, sealer=sealer, opener=opener, clock=self._clock, take=self._take_frame, taken=self._act,

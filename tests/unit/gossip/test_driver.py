@@ -27,6 +27,7 @@ from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import PrefixIndex
 from p2pkv.types import Tier
 from p2pkv.wire.peer import CODEC, Address, Hello, Pin, Pinned, Release, Released
+from tests.unit.gossip.certificates import Authority
 
 DEADLINE_S = 10.0
 
@@ -417,6 +418,62 @@ async def test_who_has_another_key_never_gets_in_and_is_named(
     for other in (stranger, plain):  # dialing, although gossip would not
         with pytest.raises(PeerUnavailable, match="refused"):
             await other.net._control._introduce_to(a.net.card.address, a.net.life, "data")
+
+
+def tls(authority: Authority, name: str) -> dict[str, str]:
+    certificate, key = authority.issue(name)
+    return {"tls_certificate": certificate, "tls_key": key, "tls_authority": str(authority.path)}
+
+
+async def test_with_certificates_all_of_tcp_is_mutual_tls(nodes: Any, tmp_path: Any) -> None:
+    good = Authority(tmp_path, "good")
+    a = await nodes(1, **tls(good, "a"))
+    b = await nodes(2, a, **tls(good, "b"))
+    a.put(range(1_000, 1_300))
+    await b.until(lambda: b.keys_of(a) == set(range(1_000, 1_300)))
+    await a.until(lambda: a.net.peer(2) is not None)
+    a.net.on(Pin, lambda _reader, pin: Pinned(pin.ttl_ms, 1_000, b"", [], [], b"", ""))
+    link = await b.net.reach(1, 5.0)
+    assert (await link.request(Pin(1, [], 77), 5.0)).lease == 77
+    got: asyncio.Queue[socket.socket] = asyncio.Queue()
+    a.net.on_data_connection = lambda sock, *_: got.put_nowait(sock)
+    mine = await b.net.open_data(1, 5.0)
+    theirs = await asyncio.wait_for(got.get(), 5.0)
+    loop, data = asyncio.get_running_loop(), random.Random(1).randbytes(3 << 20)
+    sending = asyncio.ensure_future(loop.sock_sendall(theirs, data))
+    received = bytearray()
+    while len(received) < len(data):
+        received += await loop.sock_recv(mine, 1 << 20)
+    await sending
+    assert bytes(received) == data
+    theirs.close()
+    assert await asyncio.wait_for(loop.sock_recv(mine, 1), 5.0) == b"", "the end is seen through it"
+    mine.close()
+
+
+async def test_without_a_good_certificate_nobody_is_let_in(
+    nodes: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, other = Authority(tmp_path, "good"), Authority(tmp_path, "other")
+    a = await nodes(1, **tls(good, "a"))
+    b, c = await nodes(2, a, **tls(other, "b")), await nodes(3, a)
+    for one in (b, c):
+        await one.until(lambda o=one: o.net.peer(1) is not None)  # type: ignore[misc]
+        with pytest.raises(PeerUnavailable):
+            await one.net.open_data(1, 3.0)
+        with pytest.raises(PeerUnavailable):
+            await one.net.reach(1, 3.0)
+    assert a.net.stats()["tls_failures"] >= 1 and a.net.stats()["connections"] == 0
+    assert "refused 127.0.0.1" in caplog.text
+
+
+async def test_certificates_that_cannot_be_used_are_named_at_the_start(card: Any, tmp_path: Any) -> None:
+    for path in (tmp_path / "none", tmp_path / "no certificate"):
+        if "certificate" in path.name:
+            path.write_text("hello")
+        fields = {name: str(path) for name in ("tls_certificate", "tls_key", "tls_authority")}
+        with pytest.raises(ConfigError, match="certificates"):
+            await Node(card(1), **fields).net.start()
 
 
 async def test_zero_is_any_free_port_and_advertise_wins(nodes: Any) -> None:
