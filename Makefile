@@ -217,7 +217,7 @@ lock: ## resolve requirements/lock.txt anew from pyproject.toml and requirements
 .PHONY: clean
 clean: ## remove what was built, and the environments
 	@rm -rf build dist site results $(VENV) $(VENV_LOCK) $(VENV_FUZZ) .venv-vllm* .mypy_cache .ruff_cache .pytest_cache \
-	  .hypothesis .import_linter_cache p2pkv/*.so p2pkv/index/*.so
+	  .hypothesis .import_linter_cache p2pkv/*.so p2pkv/index/*.so p2pkv/gossip/*.so
 	@find p2pkv tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help

@@ -69,7 +69,8 @@ class Peer(Section, frozen=True):
     advertise: str = ""  # host[:port] that peers should dial; empty = host:port as bound
     cell: str = "default"  # only agents of one cell talk to each other
     seeds: tuple[str, ...] = ()  # host:port of some members; any one alive is enough
-    dns: str = ""  # host:port of a headless service; every address behind it is a seed, looked up again every 10 s
+    dns: str = ""  # host:port of a headless service, or _service._proto.name of SRV records: every address behind it
+    # is a seed, looked up again every 10 s
     zeroconf: bool = False  # find seeds on the LAN by multicast DNS
     keys: str = ""  # path of the cell's key file (`p2pkv keys generate`), read again when it changes; empty = no key
     tls_certificate: str = ""  # PEM; with key and authority: mutual TLS between agents (slower; read when they change)
@@ -353,7 +354,7 @@ def _check_values(config: Config) -> None:
     parse_size(config.transport.quarantine, key="transport.quarantine", percent_of=1 << 30)
     for seed in config.peer.seeds:
         parse_address(seed, key="peer.seeds")
-    if config.peer.dns:
+    if config.peer.dns and not config.peer.dns.startswith("_"):
         parse_address(config.peer.dns, key="peer.dns")
     tls = (config.peer.tls_certificate, config.peer.tls_key, config.peer.tls_authority)
     if any(tls) and not all(tls):

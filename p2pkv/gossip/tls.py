@@ -1,9 +1,10 @@
 """Mutual TLS for the TCP connections between agents, where certificates are configured.
 
-A connection is wrapped as soon as it is open, before HELLO. What this module gives back is one end of a socket pair whose
-other end it pumps into the TLS connection, so that everything behind it (native code too, which knows nothing of TLS)
-goes on with a plain socket. That costs copies and the event loop's time: where the network is encrypted anyway, leave it
-out. Both ends must show a certificate of the configured authority; *which* node it is, the ticket proves (:mod:`.tickets`).
+A connection is wrapped as soon as it is open, before HELLO. What this module gives back is one end of a socket pair,
+whose other end it pumps into the TLS connection, so that everything behind it (native code too, which knows nothing of
+TLS) goes on with a plain socket. That costs copies and the event loop's time: where the network is encrypted anyway,
+leave it out. Both ends must show a certificate of the configured authority; *which* node it is, the ticket proves
+(:mod:`.tickets`).
 """
 
 from __future__ import annotations

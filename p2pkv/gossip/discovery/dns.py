@@ -1,4 +1,6 @@
-"""Seeds behind a DNS name: every A and AAAA record of, say, a headless Service, looked up again and again."""
+"""Seeds behind a DNS name, looked up again and again: every A and AAAA record of, say, a headless Service
+(``p2pkv.default.svc:7841``), or every SRV record (``_peers._udp.p2pkv.default.svc``), which names ports as well.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,38 @@ LOOKUP_S: Final = 5.0
 
 log = logging.getLogger("p2pkv.gossip.dns")
 
-Resolve = Callable[[str, int], Awaitable[list[str]]]
+Resolve = Callable[[str, int], Awaitable[list[Address]]]
+"""Addresses behind a name; the port is 0 for SRV names. Raises OSError."""
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """IP addresses behind a name, by the system's resolver. Raises OSError."""
+async def resolve(host: str, port: int) -> list[Address]:
+    """IP addresses behind a name, by the system's resolver."""
     infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return sorted({str(info[4][0]) for info in infos})
+    return [Address(host, port) for host in sorted({str(info[4][0]) for info in infos})]
+
+
+async def resolve_services(name: str, _: int) -> list[Address]:
+    """Hosts and ports behind an SRV name (RFC 2782), by the system's name servers. Weights do not matter to seeds."""
+    from dns.asyncresolver import Resolver  # takes 60 ms: only where it is wanted
+    from dns.exception import DNSException
+    from dns.resolver import NXDOMAIN
+
+    try:
+        answer = await Resolver().resolve(name, "SRV", search=True, lifetime=LOOKUP_S)
+    except NXDOMAIN as error:
+        raise OSError(f"there is no {name}") from error
+    except DNSException as error:
+        raise OSError(str(error) or type(error).__name__) from error
+    found = {(record.target.to_text(omit_final_dot=True), int(record.port)) for record in answer}
+    return [Address(host, port) for host, port in sorted(found)]
+
+
+_by_system: Final = resolve
+
+
+def is_service(name: str) -> bool:
+    """Whether a name is one of SRV records."""
+    return name.startswith("_") and "._" in name
 
 
 class DnsSeeds:
@@ -32,9 +59,11 @@ class DnsSeeds:
 
     source = "dns"
 
-    def __init__(self, name: str, *, refresh_s: float = REFRESH_S, resolve: Resolve = resolve) -> None:
-        """``name`` is ``host:port``; raises ConfigError otherwise."""
-        self._host, self._port = parse_address(name, key="peer.dns")
+    def __init__(self, name: str, *, refresh_s: float = REFRESH_S, resolve: Resolve | None = None) -> None:
+        """``name`` is ``host:port``, or ``_service._proto.name``; raises ConfigError otherwise."""
+        services = is_service(name)
+        self._host, self._port = (name, 0) if services else parse_address(name, key="peer.dns")
+        resolve = resolve or (resolve_services if services else _by_system)
         self._refresh_s = refresh_s
         self._resolve = resolve
         self._task: asyncio.Task[None] | None = None
@@ -51,12 +80,12 @@ class DnsSeeds:
             self._task = None
 
     async def _run(self, found: Found) -> None:
-        known: list[str] | None = None
+        known: list[Address] | None = None
         failed = False
         while True:
             try:
                 async with asyncio.timeout(LOOKUP_S):
-                    hosts = (await self._resolve(self._host, self._port))[:SEEDS_MAX]
+                    seeds = (await self._resolve(self._host, self._port))[:SEEDS_MAX]
             except (OSError, TimeoutError) as error:
                 # A Service without ready pods has no records: normal for the first pod of a cell.
                 log.log(
@@ -66,7 +95,7 @@ class DnsSeeds:
                 failed = True
             else:
                 failed = False
-                if hosts != known:
-                    known = hosts
-                    found(self.source, [Address(host, self._port) for host in hosts])
+                if seeds != known:
+                    known = seeds
+                    found(self.source, seeds)
             await asyncio.sleep(self._refresh_s)

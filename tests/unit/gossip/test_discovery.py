@@ -8,13 +8,19 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import dns.asyncresolver
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rrset
 import pytest
 
 from p2pkv.config import Peer
 from p2pkv.errors import ConfigError
 from p2pkv.gossip.discovery import DnsSeeds, StaticSeeds, ZeroconfSeeds, from_settings
+from p2pkv.gossip.discovery.dns import resolve_services
 from p2pkv.types import NodeId
-from p2pkv.wire.peer import Address
+from p2pkv.wire.peer import Address, Card
 
 
 class Finds:
@@ -47,12 +53,12 @@ async def test_dns_follows_the_records_and_keeps_them_while_the_resolver_fails()
     answers: list[Any] = [OSError("no such name"), ["10.0.0.1"], ["10.0.0.1"], OSError("down"), ["10.0.0.2", "::2"]]
     finds = Finds()
 
-    async def resolve(host: str, port: int) -> list[str]:
+    async def resolve(host: str, port: int) -> list[Address]:
         assert (host, port) == ("peers.svc", 7841)
         answer = answers.pop(0) if answers else ["10.0.0.2", "::2"]
         if isinstance(answer, Exception):
             raise answer
-        return list(answer)
+        return [Address(found, port) for found in answer]
 
     source = DnsSeeds("peers.svc:7841", refresh_s=0.0, resolve=resolve)
     await source.start(finds)
@@ -69,6 +75,52 @@ async def test_dns_resolves_a_real_name() -> None:
     _, addresses = await finds.next()
     assert all(a.host in ("127.0.0.1", "::1") for a in addresses) and addresses
     await source.stop()
+
+
+class NameServer(asyncio.DatagramProtocol):
+    """Answers SRV questions for one name over UDP, and says of all others that they do not exist."""
+
+    name = dns.name.from_text("_peers._udp.p2pkv.svc.")
+
+    def __init__(self) -> None:
+        self.records = ["10 50 7842 b.p2pkv.svc.", "0 0 7841 a.p2pkv.svc."]
+        self.transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        query = dns.message.from_wire(data)
+        answer = dns.message.make_response(query)
+        if query.question[0].name == self.name:
+            answer.answer.append(dns.rrset.from_text(self.name, 1, "IN", "SRV", *self.records))
+        else:
+            answer.set_rcode(dns.rcode.NXDOMAIN)
+        self.transport.sendto(answer.to_wire(), addr)
+
+
+async def test_srv_records_name_hosts_and_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    transport, server = await loop.create_datagram_endpoint(NameServer, local_addr=("127.0.0.1", 0))
+    resolver = dns.asyncresolver.Resolver(configure=False)
+    resolver.nameservers, resolver.port = ["127.0.0.1"], transport.get_extra_info("sockname")[1]
+    monkeypatch.setattr(dns.asyncresolver, "Resolver", lambda: resolver)
+    finds = Finds()
+    source = from_settings(
+        Peer(dns="_peers._udp.p2pkv.svc"), cell="c", card=Card(1, 1, Address("", 0), "", "", [], [])
+    )[0]
+    assert isinstance(source, DnsSeeds)
+    source._refresh_s = 0.01
+    try:
+        await source.start(finds)
+        assert await finds.next() == ("dns", [Address("a.p2pkv.svc", 7841), Address("b.p2pkv.svc", 7842)])
+        server.records.pop()
+        assert await finds.next() == ("dns", [Address("b.p2pkv.svc", 7842)])
+        with pytest.raises(OSError, match="there is no"):
+            await resolve_services("_other._udp.p2pkv.svc", 0)
+    finally:
+        await source.stop()
+        transport.close()
 
 
 def test_announcements_of_other_cells_and_our_own_are_not_seeds() -> None:
