@@ -19,6 +19,7 @@ from p2pkv.bench import report
 from p2pkv.bench.child import Child
 from p2pkv.bench.gossip_cell import OtherNodes
 from p2pkv.bench.gossip_child import Told
+from p2pkv.bench.gossip_join import Joining
 from p2pkv.bench.progress import Progress
 from p2pkv.bench.report import Claim, Report, Row, at_least, at_most
 from p2pkv.errors import Unavailable
@@ -35,6 +36,18 @@ MEASURE_S: Final = 10.0
 MEASURE_QUICK_S: Final = 2.0
 LOAD_ROUNDS: Final = 40
 LOAD_DELTAS: Final = 16
+
+
+class Join(Row, frozen=True, kw_only=True):
+    """A node that joins: simulated seconds until it has everything, of which so many were its own work."""
+
+    case: str
+    nodes: int
+    entries: int
+    seconds: float | None
+    working_s: float | None
+    received_mb: float | None
+    wants: int
 
 
 class Case(Row, frozen=True, kw_only=True):
@@ -70,7 +83,18 @@ def run(*, quick: bool = False, progress: Progress | None = None) -> Report:
                 rows = measure(agent, ring, nodes, blocks, seconds, progress)
     finally:
         os.sched_setaffinity(0, set(processors))
-    return report.make_report("gossip", rows, claims_of(rows, nodes))
+    progress.say("a node joins")
+    joined = Joining(nodes, blocks).run()
+    join = Join(
+        case="join",
+        nodes=nodes,
+        entries=joined.entries,
+        seconds=report.rounded(joined.seconds),
+        working_s=report.rounded(joined.working_s),
+        received_mb=report.rounded(joined.received_bytes / 1e6),
+        wants=joined.wants,
+    )
+    return report.make_report("gossip", [*rows, join], claims_of(rows, join))
 
 
 def ask(agent: Child) -> Told:
@@ -131,9 +155,9 @@ def one_case(agent: Child, others: OtherNodes, name: str, changes: int, seconds:
     )
 
 
-def claims_of(rows: list[Case], nodes: int) -> list[Claim]:
+def claims_of(rows: list[Case], join: Join) -> list[Claim]:
     """What issue 4 promises of a cell of a thousand; none of a smaller one."""
-    if nodes < NODES:
+    if join.nodes < NODES:
         return []
     by_case = {row.case: row for row in rows}
     nan = float("nan")
@@ -143,5 +167,6 @@ def claims_of(rows: list[Case], nodes: int) -> list[Claim]:
         at_least("gossip.frames_out", typical.frames_out_per_s or nan, 4_500, "1/s", "frames sent"),
         at_most("gossip.cpu_heartbeats", beats.cpu_percent or nan, 15, "%", "of a core, heartbeats alone"),
         at_most("gossip.cpu_typical", typical.cpu_percent or nan, 20, "%", "of a core, at 780 changes/s of each node"),
+        at_most("gossip.join", join.seconds or nan, 10, "s", "a joiner has 25 million entries, at 10 Gb/s"),
         at_most("gossip.rss", typical.rss_mb or nan, 500, "MB", "memory with 25,000 blocks of each node"),
     ]
