@@ -1,8 +1,8 @@
 """A node joins a cell of a thousand that hold 25 million entries: when has it all of them?
 
 The joiner is the core that ships, with a real index; its time is measured and moves a clock that also knows how long
-bytes take at 10 Gb/s. The members are played by what they would send: a heartbeat five times a second each, and to a WANT
-the sets that it names, 4 MiB of them at most, as the core does (``p2pkv/gossip/core/repair.cpp``).
+bytes take at 10 Gb/s. The members are played by what they would send: a heartbeat five times a second each, and to a
+WANT the sets that it names, 4 MiB of them at most, as the core does (``p2pkv/gossip/core/repair.cpp``).
 """
 
 from __future__ import annotations
