@@ -76,9 +76,17 @@ def examine(config: Config) -> list[Check]:
                 Group.NETWORK,
                 "peer port",
                 partial(
-                    network.check_port, "peer port", config.peer.host, config.peer.port, "peer.port", running=running
+                    network.check_port,
+                    "peer port",
+                    config.peer.host,
+                    config.peer.port,
+                    "peer.port",
+                    running=running,
+                    datagrams=True,
                 ),
             ),
+            (Group.NETWORK, "cell key", partial(network.check_keys, config.peer)),
+            (Group.NETWORK, "certificates", partial(network.check_certificates, config.peer)),
             (Group.NETWORK, "http port", http_port),
             (Group.NETWORK, "kernel limits", host.check_kernel),
             (Group.TRANSPORT, "nixl", lambda: transport.check_nixl(config.transport, transport.probe_nixl())),

@@ -19,7 +19,7 @@ import msgspec
 
 from p2pkv.config import Peer as PeerSettings
 from p2pkv.config import parse_address
-from p2pkv.errors import ConfigError, LocalProtocolError, PeerUnavailable, RemoteProtocolError
+from p2pkv.errors import ConfigError, LocalProtocolError, P2PKVError, PeerUnavailable, RemoteProtocolError
 from p2pkv.gossip import datagrams, keyring, net
 from p2pkv.gossip._gossip import Gossip
 from p2pkv.gossip.addresses import at, parse
@@ -331,10 +331,9 @@ class PeerNetwork:
     def stats(self) -> dict[str, int]:
         """Counters since the start, and a few sizes, by name."""
         core = self._core
-        counts = core.counts if core is not None else {}
+        counts = Counter(core.counts) if core is not None else Counter[str]()
         return {
-            **{name: count for name, count in counts.items() if count},
-            **self.counters,
+            **(counts + self.counters),  # both count what is malformed
             "peers": len(core.members()) if core is not None else 0,
             "peers_alive": core.alive if core is not None else 0,
             "connections": self._control.connections if core is not None else 0,
@@ -417,6 +416,9 @@ class PeerNetwork:
                     self._event(*event)
         finally:
             self._acting = False
+            self._arm(core)
+
+    def _arm(self, core: Gossip) -> None:
         due = core.next_timer
         if due < self._timer_at and not self._stopping:
             if self._timer is not None:
@@ -444,7 +446,8 @@ class PeerNetwork:
             case _ if kind == _SHOWN:
                 log.info("%s is current: %d entries shown", name, self._index.count(slot))
             case _ if kind == _HIDDEN:
-                log.warning("entries of %s hidden: %s", name, text)
+                level = logging.INFO if text in ("left", "forgotten") else logging.WARNING
+                log.log(level, "entries of %s hidden: %s", name, text)
             case _ if kind == _LEFT:
                 log.info("%s has left", name)
             case _ if kind == _PURGED:
@@ -471,7 +474,11 @@ class PeerNetwork:
     def _begin_again(self, beyond: int) -> None:
         """Others know a later life of this node: begin one after it, with all that is in the log."""
         assert self._core is not None
-        epoch = self._renew(beyond) if self._renew is not None else beyond + 1
+        try:
+            epoch = self._renew(beyond) if self._renew is not None else beyond + 1
+        except P2PKVError as error:
+            log.error("this node stays out of the cell: others know a later life of it, and %s", error)
+            return
         instance = self._rng.getrandbits(63) | 1
         self._card = msgspec.structs.replace(self._card, epoch=epoch, instance=instance)
         self._log.restart(epoch)

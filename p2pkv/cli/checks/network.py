@@ -1,4 +1,4 @@
-"""Where the agent would listen: the two TCP ports, and the Unix socket for engines."""
+"""Where the agent would listen (two ports, and the Unix socket for engines), and what it proves to peers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from p2pkv.cli.checks.base import Check, Status
+from p2pkv.config import Peer, is_loopback
+from p2pkv.gossip import keyfile
+from p2pkv.gossip.tls import Tls
 
 SOCKET_PATH_BYTES_MAX: Final = 107
 """``sun_path`` holds 108 bytes with the final zero."""
@@ -26,8 +29,11 @@ def agent_answers(path: str) -> bool:
     return True
 
 
-def check_port(name: str, host: str, port: int, setting: str, *, running: bool = False) -> Check:
-    """The port can be bound. ``running``: an agent runs on this host, so that a port in use is no surprise."""
+def check_port(
+    name: str, host: str, port: int, setting: str, *, running: bool = False, datagrams: bool = False
+) -> Check:
+    """The port can be bound. ``running``: an agent runs on this host, so that a port in use is no surprise.
+    ``datagrams``: for UDP as well."""
     if port == 0:
         return Check(name, Status.OK, f"{host}: any free port")
     value = f"{host}:{port}"
@@ -39,6 +45,9 @@ def check_port(name: str, host: str, port: int, setting: str, *, running: bool =
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)
+        if datagrams:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             if running:
@@ -56,6 +65,28 @@ def check_port(name: str, host: str, port: int, setting: str, *, running: bool =
             )
         return Check(name, Status.FAIL, f"{value}: {error.strerror}", f"Set {setting} to a port above 1023.")
     return Check(name, Status.OK, f"{value}: free")
+
+
+def check_keys(peer: Peer) -> Check:
+    """The cell's key can be read, and others cannot read it; P2PKVError says what is wrong with it."""
+    name = "cell key"
+    if not peer.keys:
+        if is_loopback(peer.host):
+            return Check(name, Status.OK, "none: the agent stays on loopback")
+        return Check(name, Status.WARN, "none: whoever reaches the port can join", "p2pkv keys generate --file PATH")
+    ring = keyfile.read(peer.keys)
+    mode = Path(peer.keys).stat().st_mode
+    if mode & (stat.S_IRWXO | stat.S_IWGRP):
+        return Check(name, Status.WARN, f"{peer.keys}: mode {mode & 0o777:04o}", f"chmod 0600 {peer.keys}")
+    return Check(name, Status.OK, f"{ring.in_use.id:08x} in use, {len(ring)} installed")
+
+
+def check_certificates(peer: Peer) -> Check:
+    """The certificates can be used; P2PKVError says what is wrong with them."""
+    tls = Tls.from_settings(peer)
+    return Check(
+        "certificates", Status.OK, "none: TCP between agents is not encrypted" if tls is None else "mutual TLS"
+    )
 
 
 def check_socket_path(path: str, *, running: bool = False) -> Check:
