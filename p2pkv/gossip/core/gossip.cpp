@@ -88,7 +88,7 @@ void Gossip::on_frame(double now, const Life& from, std::string_view source, con
     case Type::kHello:
       return on_hello(now, from, source, *payload);
     case Type::kNack:
-      return on_nack(now, from, *payload);
+      return on_nack(from, *payload);
     case Type::kRelay:
       if (slot_for(from) == 0) {
         ++counts.unintroduced;

@@ -207,7 +207,7 @@ class Gossip {
   // repair.cpp
   void on_delta(double now, const Life& from, std::string_view source, const Payload& payload);
   void on_relay(double now, const Payload& payload);
-  void on_nack(double now, const Life& from, std::string_view bytes);
+  void on_nack(const Life& from, std::string_view bytes);
   void on_want(double now, const Life& from, std::string_view bytes);
   void on_snapshot(double now, const Payload& payload);
   void on_wanted(double now, std::string_view bytes);
@@ -219,7 +219,7 @@ class Gossip {
   void ask_snapshots(double now);
   void heard_of(double now, std::uint32_t slot, std::uint64_t seq);
   void send_digest(double now, std::uint32_t slot, bool ask);
-  bool serve(double now, const Wanted& wanted, ContactId to, std::size_t& bytes);
+  bool serve(const Wanted& wanted, ContactId to, std::size_t& bytes);
   std::uint32_t random_member(std::uint32_t but);
 
   // gossip.cpp
@@ -244,7 +244,6 @@ class Gossip {
   std::size_t count_ = 0;
   std::deque<std::uint32_t> free_slots_;
   std::size_t alive_ = 0;
-  std::size_t unsettled_ = 0;
 
   std::uint32_t card_number_ = 0;
   std::string card_;

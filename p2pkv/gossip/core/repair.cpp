@@ -168,7 +168,7 @@ std::uint32_t Gossip::random_member(std::uint32_t but) {
   return any;
 }
 
-void Gossip::on_nack(double now, const Life& from, std::string_view bytes) {
+void Gossip::on_nack(const Life& from, std::string_view bytes) {
   const std::uint32_t asker = slot_for(from);
   Nack nack;
   if (!decode(bytes, nack)) {
@@ -199,7 +199,6 @@ void Gossip::on_nack(double now, const Life& from, std::string_view bytes) {
     ++counts.relays_out;
     send(to, encode_relay(nack.owner, body));
   }
-  (void)now;
 }
 
 void Gossip::on_relay(double now, const Payload& payload) {
@@ -259,14 +258,13 @@ void Gossip::on_want(double now, const Life& from, std::string_view bytes) {
   std::size_t bytes_out = 0;
   for (const auto& wanted : want.owners) {
     if (bytes_out >= kServeBytes || serve_left_ < static_cast<double>(bytes_out)) break;
-    serve(now, wanted, to, bytes_out);
+    serve(wanted, to, bytes_out);
   }
   serve_left_ -= static_cast<double>(bytes_out);
   letter(to, encode_wanted(want.id));
 }
 
-bool Gossip::serve(double now, const Wanted& wanted, ContactId to, std::size_t& bytes) {
-  (void)now;
+bool Gossip::serve(const Wanted& wanted, ContactId to, std::size_t& bytes) {
   Snapshot part;
   part.owner = wanted.owner;
   std::vector<std::uint64_t> by_tier[4];

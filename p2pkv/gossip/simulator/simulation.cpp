@@ -87,8 +87,6 @@ void Simulation::handle(const Event& event) {
       if (random_.unit() < 0.5) timer(node);
       drain(node);
       return timer(node);
-    case Kind::kWrite:
-      return;
   }
 }
 

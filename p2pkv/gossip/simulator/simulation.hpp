@@ -118,7 +118,7 @@ class Simulation {
     std::uint32_t uses;
     bool letter;
   };
-  enum class Kind : std::uint8_t { kFrame, kLetter, kTimer, kWrite, kStart, kResume };
+  enum class Kind : std::uint8_t { kFrame, kLetter, kTimer, kStart, kResume };
   struct Event {
     double at;
     std::uint32_t order;
