@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -65,12 +67,12 @@ class Hosts:
 
     # --- the language
 
-    def start(self, host: int) -> None:
+    def start(self, host: int, **settings: object) -> None:
         """Bring a host's agent up, and do not wait for it."""
         state = self.cluster.directory / f"state-{host}"
         pairs = {
             "state_dir": state, "peer.host": self.network.address(host), "peer.port": PORT, "peer.keys": self._keys,
-            "peer.hold_ms": 0, **self._settings,
+            "peer.hold_ms": 0, **self._settings, **settings,
         }  # fmt: skip
         arguments = ["--capacity", "32MiB", "--transport", "tcp", "--http-port", "0"]
         for key, value in pairs.items():
@@ -134,11 +136,21 @@ class Hosts:
         """SIGCONT."""
         self.agent(host).continue_tree()
 
-    def restart(self, host: int) -> None:
+    def restart(self, host: int, **settings: object) -> None:
         """As a rolling upgrade does it."""
         self.leave(host)
-        self.start(host)
+        self.start(host, **settings)
         self.ready(host)
+
+    def keys(self, *arguments: str) -> dict[str, Any]:
+        """``p2pkv keys`` on the file that all of them watch; waits until they have read it."""
+        command = [sys.executable, "-m", "p2pkv.cli", "keys", *arguments, "--file", str(self._keys), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        answer: dict[str, Any] = json.loads(done.stdout)
+        ring = f"is now Keyring({', '.join(answer['installed'])})"
+        for host in self.up:
+            eventually(lambda h=host: ring in self.agent(h).log(), why=f"host {host} has read the keys")  # type: ignore[misc]
+        return answer
 
     def wipe(self, host: int) -> None:
         """Killed, and back without what it knew of itself."""

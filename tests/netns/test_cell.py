@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from p2pkv.gossip._gossip import Simulation
-from tests.netns.hosts import Hosts
+from tests.netns.hosts import BLOCK_BYTES, Hosts
 from tests.netns.network import missing
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(280)]
@@ -165,6 +165,39 @@ def test_all_agents_are_restarted_one_after_another(hosts: Hosts) -> None:
         hosts.put(host, 5)
     took = hosts.all_right()
     print(f"right {took:.1f} s after the last of {HOSTS} restarts")
+
+
+def test_two_versions_of_the_protocol_are_one_cell(hosts: Hosts) -> None:
+    """As in the middle of a rolling upgrade, and of one that is rolled back."""
+    for host in (1, 3, 5):
+        hosts.restart(host, **{"peer.protocol_max": 2})
+    for host in hosts.up:
+        hosts.put(host, 7)
+    hosts.all_right()
+    for owner, reader in ((1, 2), (2, 3), (3, 5)):
+        out = [bytearray(BLOCK_BYTES)]
+        assert hosts.cache(reader).get_into(hosts.stored[owner][:1], out, deadline_ms=5_000) == [True]
+    for host in (1, 3, 5):
+        hosts.restart(host)
+    hosts.all_right()
+
+
+def test_keys_rotate_under_load_and_no_frame_is_lost_to_it(hosts: Hosts) -> None:
+    refused = ("frames_unknown_key", "frames_forged", "frames_malformed")
+    before = {host: hosts.counts(host) for host in hosts.up}
+    installed = hosts.keys("install")
+    old, new = installed["installed"]
+    for step in (("use", new), ("remove", old)):
+        for host in hosts.up:
+            hosts.put(host, 10)
+        hosts.keys(*step)
+    for host in hosts.up:
+        hosts.put(host, 10)
+    hosts.all_right()
+    for host in hosts.up:
+        after = hosts.counts(host)
+        assert {name: after.get(name, 0) - before[host].get(name, 0) for name in refused} == dict.fromkeys(refused, 0)
+        assert after.get("hidden", 0) == before[host].get("hidden", 0)
 
 
 def test_a_node_that_lost_its_state_comes_back_as_another_one(hosts: Hosts) -> None:
