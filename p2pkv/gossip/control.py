@@ -273,8 +273,9 @@ class Control:
         return sock
 
     def forget(self, node: int) -> None:
-        """That life of a node is over: whatever is connected to it is closed."""
-        for conn in [conn for conn in self._conns.values() if conn.life.node == node]:
+        """Earlier lives of a node are over: whatever is connected to them is closed."""
+        now = self._local.life_of(node)
+        for conn in [conn for conn in self._conns.values() if conn.life.node == node and conn.life != now]:
             self._close(conn, "that life of the node is over")
 
     # --- dialing

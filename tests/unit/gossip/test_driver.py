@@ -191,9 +191,11 @@ async def test_goodbye_drops_the_entries_at_once(nodes: Any) -> None:
 
 async def test_a_newer_epoch_replaces_a_living_one(nodes: Any, caplog: pytest.LogCaptureFixture) -> None:
     a, b, c = await three(nodes)
+    link = await b.net.reach(3, 5.0)
     newer = await nodes(3, a, epoch=2)
     await b.until(lambda: b.net.peer(3).epoch == 2 and b.net.peer(3).alive)
     assert b.keys_of(newer) == set()
+    assert link.closed and (await b.net.reach(3, 5.0)).epoch == 2
     assert "is one identity used twice" in caplog.text
     await c.until(lambda: "is used by another process" in caplog.text)
     assert c.net.card.epoch == 1, "the later one is alive"
