@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,9 @@ import msgspec
 import typer
 
 from p2pkv.bench import sim as bench
-from p2pkv.bench.report import Report, write_tables
 from p2pkv.bench.sim_plot import svg
 from p2pkv.cli.app import CONTEXT_SETTINGS
+from p2pkv.cli.bench import finish
 from p2pkv.errors import InvalidArgument
 
 app = typer.Typer(
@@ -67,15 +66,6 @@ def sim(
         title = f"{scenario.nodes} nodes, {scenario.loss:.0%} loss, seed {scenario.seed}"
         plot.write_text(svg(title, outcome.visible_ms, outcome.detection))
     finish(outcome.report, json=json, check=check)
-
-
-def finish(report: Report, *, json: bool, check: bool) -> None:
-    """Print a report and end."""
-    if json:
-        print(report.to_json())
-    else:
-        write_tables(report, sys.stdout)
-    raise typer.Exit(1 if check and not report.ok else 0)
 
 
 def stalls(text: str) -> tuple[int, float]:
