@@ -90,7 +90,7 @@ def check_clock(sys: Path = SYS) -> Check:
 
 
 def check_descriptors(config: Config, limits: tuple[int, int] | None = None) -> Check:
-    """Open files: at most two control connections for each member at a time, some data connections, one for each engine."""
+    """Open files: up to two control connections for each member, some data connections, one for each engine."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE) if limits is None else limits
     soft, hard = (1 << 30 if n == resource.RLIM_INFINITY else n for n in (soft, hard))
     whole = 2 * config.peer.members_max + config.engine.connections_max + 256
