@@ -103,7 +103,7 @@ class Control:
 
     Args:
         on_letter: gets every letter with the life that sent it.
-        on_lost: told when a control connection broke that nobody had closed.
+        on_lost: told when a control connection broke that nobody had closed, or when a node's port refuses any.
         on_data: gets every data connection: a non-blocking socket that is its own from then on, and the HELLO.
     """
 
@@ -331,7 +331,11 @@ class Control:
         if role == "data":
             card = msgspec.structs.replace(card, layouts=[])  # gossip has told them
         hello = CODEC.encode(Hello(PROTOCOL_MIN, PROTOCOL_MAX, self._cell, role, card, ticket))
-        sock = await net.connect(where)
+        try:
+            sock = await net.connect(where)
+        except ConnectionRefusedError:  # its host says that the process is gone: as good as a connection that broke
+            self._lost(life)
+            raise
         if self._tls is not None:
             sock = await self._tls.wrap(sock, server=False)
         try:
@@ -533,9 +537,13 @@ class Control:
 
     def _gone(self, conn: _Conn, reason: str) -> None:
         self._drop(conn)
-        if not conn.said_bye and not self._stopping and self._local.life_of(conn.life.node) == conn.life:
+        if not conn.said_bye:
             log.debug("connection with %s broke: %s", conn.address, reason)
-            self._on_lost(conn.life.node)
+            self._lost(conn.life)
+
+    def _lost(self, life: Life) -> None:
+        if not self._stopping and self._local.life_of(life.node) == life:
+            self._on_lost(life.node)
 
     def _drop(self, conn: _Conn) -> None:
         self._conns.pop(conn.connection, None)

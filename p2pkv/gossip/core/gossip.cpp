@@ -137,7 +137,7 @@ void Gossip::on_letter(double now, const Life& from, const Payload& payload) {
 
 void Gossip::on_lost(double now, NodeId node) {
   if (const std::uint32_t slot = slot_of(node); slot != 0 && !members_[slot]->hidden)
-    hide(now, slot, "its connection broke");
+    hide(now, slot, "its connection broke, or its port refuses connections");
 }
 
 void Gossip::publish(std::uint64_t seq, std::uint64_t checksum,

@@ -170,6 +170,15 @@ async def test_a_broken_connection_is_hidden_at_once_and_shown_when_it_is_restor
     assert b.keys_of(a) == set(range(1_000, 1_300))
 
 
+async def test_a_node_whose_port_refuses_connections_is_hidden_at_once(nodes: Any) -> None:
+    _, b, c = await three(nodes)
+    slot = b.net.node_slot(3)
+    c.vanish()
+    with pytest.raises(PeerUnavailable, match="data connection"):
+        await b.net.open_data(3, 1.0)
+    assert b.net.peer(3).state is State.UNREACHABLE and b.net.slot_node(slot) == 3
+
+
 async def test_a_node_that_stops_sending_is_hidden_after_the_silence_and_shown_when_it_goes_on(nodes: Any) -> None:
     _, b, c = await three(nodes)
     c.net._timer.cancel()  # its loop still reads; it sends nothing by itself
