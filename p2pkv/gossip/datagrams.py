@@ -19,6 +19,9 @@ from p2pkv.gossip.sealed import HEADER, Life, Opener, Refusal, Sealer
 
 READS_MAX: Final = 256
 """Datagrams per wake-up of the socket: others on the loop get their turn."""
+GATHER_S: Final = 0.002
+"""When wake-ups follow each other faster than this, frames wait so long in the socket for each other: a cell of a thousand
+sends each node one every 0.2 ms, and to be woken for it costs more than to read it."""
 BUFFER_BYTES: Final = 4 << 20
 """Of the socket, each way (the kernel may give less): a second of a full cell's frames while this process stalls."""
 NAMES_MAX: Final = 8_192
@@ -71,13 +74,18 @@ class Datagrams:
         self._said: dict[tuple[str, str], float] = {}
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
-        asyncio.get_running_loop().add_reader(sock, self._readable)
+        self._woken_at = float("-inf")
+        self._gathering: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock, self._readable)
 
     def close(self) -> None:
         """Close the socket. Idempotent."""
         if self._sock.fileno() < 0:
             return
-        asyncio.get_running_loop().remove_reader(self._sock)
+        self._loop.remove_reader(self._sock)
+        if self._gathering is not None:
+            self._gathering.cancel()
         for task in self._resolving:
             task.cancel()
         self._sock.close()
@@ -174,10 +182,31 @@ class Datagrams:
     # --- in
 
     def _readable(self) -> None:
+        """The socket has something: read it, and look again only in a while if this happens often."""
+        woken_at = self._loop.time()
+        if woken_at - self._woken_at < GATHER_S:
+            self._loop.remove_reader(self._sock)
+            self._gathering = self._loop.call_later(GATHER_S, self._gathered)
+        self._woken_at = woken_at
+        self._read()
+
+    def _gathered(self) -> None:
+        self._gathering = None
+        count = self._read()
+        if self._sock.fileno() < 0:
+            return  # closed by what was read
+        if count == 0:
+            self._loop.add_reader(self._sock, self._readable)
+        else:
+            self._gathering = self._loop.call_later(GATHER_S if count < READS_MAX else 0.0, self._gathered)
+
+    def _read(self) -> int:
         now = self._clock()
+        count = 0
         received = 0
         opened = 0
         for data, source in _native.receive_all(self._sock.fileno(), READS_MAX):
+            count += 1
             received += len(data)
             outcome = self.opener.open(data, now)
             if isinstance(outcome, Refusal):
@@ -188,6 +217,7 @@ class Datagrams:
         self._counters["frames_received"] += opened
         self._counters["frame_bytes_received"] += received
         self._taken()
+        return count
 
     def _name(self, source: bytes) -> str:
         if len(self._names) >= NAMES_MAX:

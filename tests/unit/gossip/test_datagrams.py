@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from p2pkv import _native
+from p2pkv.gossip import datagrams
 from p2pkv.gossip.datagrams import Datagrams, bind, name_of, pack_address
 from p2pkv.gossip.keyring import Key, Keyring, public
 from p2pkv.gossip.sealed import Life, Opener, Sealer
@@ -67,6 +69,40 @@ async def test_one_sealed_frame_reaches_everybody(host: str, others: int) -> Non
     finally:
         for end in ends:
             end.close()
+
+
+async def test_frames_that_come_often_wait_for_each_other_and_a_late_one_comes_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = End("127.0.0.1", 1), End("127.0.0.1", 2)
+    read = _native.receive_all
+    reads = []
+
+    def counted(fd: int, most: int) -> list[tuple[bytes, bytes]]:
+        found = read(fd, most)
+        reads.append(len(found))
+        return found
+
+    monkeypatch.setattr(_native, "receive_all", counted)
+    monkeypatch.setattr(datagrams, "GATHER_S", 0.05)  # so that a busy machine passes too
+    try:
+        for number in range(300):
+            one.datagrams.send(b"%d" % number, [other.address])
+            for _ in range(10):
+                await asyncio.sleep(0)
+        await other.until(300)
+        assert [payload for _, _, payload in other.got] == [b"%d" % number for number in range(300)]
+        assert len(reads) < 150, reads
+        async with asyncio.timeout(5.0):
+            while reads[-1] != 0:  # nothing more came: the socket wakes the loop again
+                await asyncio.sleep(0.001)
+        looked = len(reads)
+        one.datagrams.send(b"late", [other.address])
+        await other.until(301)
+        assert len(reads) == looked + 1
+    finally:
+        one.close()
+        other.close()
 
 
 async def test_a_name_is_looked_up_and_one_that_is_none_costs_nothing_but_its_frames() -> None:
