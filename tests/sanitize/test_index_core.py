@@ -14,6 +14,7 @@ pytestmark = pytest.mark.timeout(300)
 HERE = Path(__file__).parent
 CORE = Path(__file__).parents[2] / "p2pkv" / "index" / "core"
 DRIVER = HERE / "index_side_by_side.cpp"
+TABLE = [HERE / "key_table_alone.cpp", CORE / "key_table.cpp", CORE / "pages.cpp"]
 SOURCES = [path for path in sorted(CORE.glob("*.cpp")) if path.name not in ("module.cpp", "token_chain.cpp")]
 SANITIZERS = {"address,undefined": "alone", "thread": "threads"}
 STEPS = 2_000
@@ -44,10 +45,30 @@ MUTANTS = {
         "masks[h] = squeeze(masks[h], copy.held);",
         ";",
     ),
-    "a split leaves all in the old bucket": (
+    "a group gets a line, and its keys stay where they are": (
         "key_table.cpp",
-        "if (moves(bucket->tags[place], bucket->positions[place])) {",
-        "if (false) {",
+        "  if (one_more) move_up(to, lines);",
+        "",
+    ),
+    "a group loses a line, and what is in it": (
+        "key_table.cpp",
+        "  regroup({widened_, width_ + 1}, width_);",
+        "",
+    ),
+    "a line forgets what is in the rest": (
+        "key_table.cpp",
+        "if (left == 0) to.set_next(0);",
+        "to.set_next(0);",
+    ),
+    "further lines are not dealt out": (
+        "key_table.cpp",
+        "      deal(to, lines, rest);",
+        "",
+    ),
+    "an empty further line is kept": (
+        "key_table.cpp",
+        "      give(before->next());\n",
+        "",
     ),
 }
 
@@ -78,12 +99,21 @@ def test_the_core_differs_from_maps_in_nothing_and_breaks_no_rule_of_the_languag
         assert run(program, seed, readers=SANITIZERS[sanitizer]) == ""
 
 
+def test_the_table_of_keys_differs_from_a_map_in_nothing(compiler: str, tmp_path: Path) -> None:
+    program = tmp_path / "table"
+    flags = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CORE}"]
+    subprocess.run([compiler, *flags, *map(str, TABLE), "-o", str(program)], check=True, timeout=200)
+    for seed in range(1, 7):
+        assert run(program, seed) == ""
+
+
 @pytest.fixture(scope="module")
 def objects(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The driver and the core, compiled, by the name of the source."""
+    """The drivers and the core, compiled, by the name of the source."""
     directory = tmp_path_factory.mktemp("objects")
-    made = {source.name: directory / f"{source.stem}.o" for source in (DRIVER, *SOURCES)}
-    for source in (DRIVER, *SOURCES):
+    sources = (DRIVER, TABLE[0], *SOURCES)
+    made = {source.name: directory / f"{source.stem}.o" for source in sources}
+    for source in sources:
         compile_one(compiler, source, made[source.name])
     return made
 
@@ -104,6 +134,7 @@ def test_a_core_without_one_of_its_guards_differs(
     (tmp_path / name).write_text(text.replace(guard, instead))
     compile_one(compiler, tmp_path / name, tmp_path / "mutant.o")
     program = tmp_path / "side_by_side"
-    linked = [tmp_path / "mutant.o", *(path for source, path in objects.items() if source != name)]
+    needed = TABLE if name == "key_table.cpp" else (DRIVER, *SOURCES)
+    linked = [tmp_path / "mutant.o", *(objects[source.name] for source in needed if source.name != name)]
     subprocess.run([compiler, *map(str, linked), "-o", str(program), "-pthread"], check=True, timeout=100)
     assert any(run(program, seed) for seed in range(1, 7)), f"nobody notices that {what}"

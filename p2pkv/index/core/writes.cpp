@@ -104,7 +104,7 @@ Run PrefixIndex::append(std::uint32_t node, const Keys& keys, std::size_t from, 
   Page& page = pages_[id];
   const Run run{static_cast<std::uint32_t>(from), 0, id, page.used};
   try {
-    make_room(page, kTierMax);  // so that put() cannot fail any more
+    make_room(page, 1);  // so that put() cannot fail any more
   } catch (const std::bad_alloc&) {
     if (page.used == 0) free(id);
     throw;

@@ -210,11 +210,22 @@ def test_senders_are_bounded_and_who_was_heard_longest_ago_gives_way(monkeypatch
     opener = Opener(ONE, "cell", 0.0)
     sealers = [Sealer(ONE, "cell", Life(n, 1, 1)) for n in range(4)]
     firsts = [sealer.seal(b"") for sealer in sealers]
-    for frame in (firsts[0], firsts[1], firsts[2], sealers[0].seal(b""), firsts[3]):
-        assert isinstance(opener.open(frame, 0.0), Opened)
-    assert [life.node for life in opener._senders] == [2, 0, 3]
-    assert opener.open(firsts[0], 0.0) is Refusal.REPLAYED
+    for now, frame in enumerate((firsts[0], firsts[1], firsts[2], sealers[0].seal(b""), firsts[3])):
+        assert isinstance(opener.open(frame, float(now)), Opened)
+    assert {life.node for life in opener._senders} == {0, 2, 3} and len(opener._voices) == 3
+    assert opener.open(firsts[0], 9.0) is Refusal.REPLAYED
     assert SENDERS_MAX >= 1_024
+
+
+def test_what_is_kept_of_one_sender_is_bounded() -> None:
+    opener = Opener(ONE, "cell", 0.0)
+    made = sealed.cipher(A, "cell", ME)
+    for counter, flags in enumerate([*range(100), 0]):
+        header = HEADER.pack(1, flags, A.id, *ME, counter)
+        frame = header + made.encrypt(sealed._NONCE.pack(counter), b"", header)
+        assert isinstance(opener.open(frame, 0.0), Opened)
+        assert opener.open(frame, 0.0) is Refusal.REPLAYED
+    assert len(opener._senders) == 1 and 1 <= len(opener._voices) <= sealed.VOICES_MAX
 
 
 def test_another_life_of_this_node_begins_with_counters_and_a_key_of_its_own() -> None:
