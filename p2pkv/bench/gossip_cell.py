@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import resource
 import selectors
 import socket
 import time
@@ -10,6 +12,7 @@ from array import array
 from collections.abc import Callable
 from typing import Final
 
+from p2pkv.gossip import datagrams
 from p2pkv.gossip._gossip import Gossip
 from p2pkv.gossip.keyring import Keyring
 from p2pkv.gossip.sealed import FRAME_BYTES_MAX, Life, Opened, Opener, Sealer
@@ -21,16 +24,17 @@ from p2pkv.wire.peer import Address, Card
 
 BUFFER_BYTES: Final = 64 << 10
 READS_MAX: Final = 64
+DESCRIPTORS: Final = 128
+"""For everything but the other nodes."""
 
 
 class Other:
     """One of them: it knows the agent and nobody else."""
 
     def __init__(self, ring: Keyring, rng: random.Random, agent: tuple[str, int]) -> None:
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.sock.setblocking(False)
+        # Nobody answers letters; but a port that refuses connections would say that the node is gone.
+        self.listener, self.sock = bind_both()
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
-        self.sock.bind(("127.0.0.1", 0))
         self.agent = agent
         self.life = Life(rng.getrandbits(63) | 1, 1, rng.getrandbits(63) | 1)
         self.log = OwnershipLog(1, hold_ms=0)
@@ -94,10 +98,27 @@ class Other:
         return self.act()
 
 
+def bind_both() -> tuple[socket.socket, socket.socket]:
+    """One port of this host for TCP and UDP, as agents have it."""
+    while True:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1)
+        try:
+            sock = datagrams.bind(listener)
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return listener, sock
+
+
 class OtherNodes:
-    """A context manager."""
+    """A context manager. Takes two descriptors for each node."""
 
     def __init__(self, count: int, ring: Keyring, agent: tuple[str, int]) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < (wanted := min(hard, 2 * count + DESCRIPTORS)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         rng = random.Random(7)
         self._selector = selectors.DefaultSelector()
         self.nodes = [Other(ring, rng, agent) for _ in range(count)]
@@ -110,6 +131,7 @@ class OtherNodes:
     def __exit__(self, *_: object) -> None:
         for node in self.nodes:
             node.sock.close()
+            node.listener.close()
         self._selector.close()
 
     def serve(self, until: Callable[[], bool], deadline_s: float) -> bool:

@@ -19,9 +19,9 @@ from p2pkv.gossip.sealed import HEADER, Life, Opener, Refusal, Sealer
 
 READS_MAX: Final = 256
 """Datagrams per wake-up of the socket: others on the loop get their turn."""
-GATHER_S: Final = 0.002
+GATHER_S: Final = 0.005
 """When wake-ups follow each other faster than this, frames wait so long in the socket for each other: a cell of a
-thousand sends each node one every 0.2 ms, and to be woken for one costs more than to read it."""
+thousand sends each node one every 0.2 ms, and to be woken for one costs more than to read it. Small against a flush."""
 BUFFER_BYTES: Final = 4 << 20
 """Of the socket, each way (the kernel may give less): a second of a full cell's frames while this process stalls."""
 NAMES_MAX: Final = 8_192

@@ -63,7 +63,7 @@ class KeyTable {
   static constexpr unsigned kLineBits = 28;
   static constexpr unsigned kNarrow = 4, kWidest = 8;  // lines of a group
   // Bits of the hash that a tag is: from this one on. Smaller tables look at the keys to double, which are near then.
-  static constexpr unsigned kTagShift = 14;
+  static constexpr unsigned kTagShift = 16;
 
   struct alignas(64) Line {
     std::uint16_t tags[kPlaces];
