@@ -1,11 +1,11 @@
 """TCP between agents: control connections for letters and requests, and the doors of data connections.
 
 Connections are opened when somebody needs them, shared by all who do, and closed when nobody has for a while; a cell of
-a thousand nodes needs a handful at a time. Both ends prove who they are (:mod:`.tickets`) before anything else is read.
-Everything runs on one event loop's thread, callbacks included; they must not block.
+a thousand nodes needs a handful at a time. Both ends prove who they are (:mod:`.introductions`) before anything else is
+read. Everything runs on one event loop's thread, callbacks included; they must not block.
 
-* Accepted connections wait in a lobby until their HELLO has been read, byte for byte and not one more, from the bare
-  socket. Control connections then become asyncio transports; data connections are handed over as sockets.
+* Accepted connections wait in a lobby until they are introduced. Control connections then become asyncio transports;
+  data connections are handed over as sockets.
 * Letters for an address wait, bounded, until its connection is there, and are dropped when it does not come: the gossip
   core asks again.
 """
@@ -15,30 +15,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-import msgspec
-
 from p2pkv.config import Peer as PeerSettings
 from p2pkv.config import parse_size
 from p2pkv.errors import PeerUnavailable, RemoteProtocolError
-from p2pkv.gossip import net, tickets
 from p2pkv.gossip.addresses import at, life_of, observed, parse
 from p2pkv.gossip.connection import ControlConnection
+from p2pkv.gossip.introductions import Introductions, ThisNode
 from p2pkv.gossip.link import PeerLink
 from p2pkv.gossip.requests import Requests
+from p2pkv.gossip.sayings import Sayings
 from p2pkv.gossip.sealed import Life, Opener, Sealer
 from p2pkv.gossip.tls import Tls
 from p2pkv.types import NodeId
-from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, Frame, encode
+from p2pkv.wire.frame import Frame, encode
 from p2pkv.wire.peer import CODEC, Address, Bye, Card, Hello, PeerError, PeerType, Welcome
 
-HELLO_BYTES_MAX: Final = 1 << 20
-"""Room for a card with every layout an agent may have; what one stranger can make us buffer."""
 UNINTRODUCED_MAX: Final = 64
 """Accepted connections that have not said HELLO yet; each may make us buffer one."""
 ACCEPTS_MAX: Final = 64
@@ -50,7 +46,6 @@ WAITING_BYTES_MAX: Final = 32 << 20
 """Letters for one address whose connection is being opened: a snapshot of the largest owner."""
 DIAL_AGAIN_S: Final = 0.2
 DIALS_MAX: Final = 64
-SAY_AGAIN_S: Final = 30.0
 
 REQUESTS: Final = frozenset({PeerType.PIN, PeerType.RELEASE, PeerType.NIXL_CONNECT})
 ANSWERS: Final = frozenset({PeerType.PINNED, PeerType.RELEASED, PeerType.NIXL_ENDPOINT})
@@ -58,18 +53,8 @@ ANSWERS: Final = frozenset({PeerType.PINNED, PeerType.RELEASED, PeerType.NIXL_EN
 log = logging.getLogger("p2pkv.gossip")
 
 
-class Local(Protocol):
+class Local(ThisNode, Protocol):
     """This node, as the connections need to know it."""
-
-    @property
-    def card(self) -> Card: ...
-    @property
-    def life(self) -> Life: ...
-    @property
-    def leaving(self) -> bool: ...
-    def life_of(self, node: int) -> Life | None:
-        """The life of a member."""
-        ...
 
     def life_at(self, address: str) -> Life | None:
         """The life of the member that is reached there."""
@@ -124,10 +109,7 @@ class Control:
         tls: Tls | None = None,
     ) -> None:
         self._settings = settings
-        self._cell = cell
         self._local = local
-        self._sealer = sealer
-        self._opener = opener
         self._clock = clock
         self._requests = requests
         self._on_letter = on_letter
@@ -137,6 +119,11 @@ class Control:
         self._tls = tls
         self._queue_bytes_max = parse_size(settings.send_queue, key="peer.send_queue")
         self._handshake_s = settings.handshake_ms / 1e3
+        self._sayings = Sayings(clock)
+        self._introductions = Introductions(
+            cell=cell, local=local, sealer=sealer, opener=opener, clock=clock, deadline_s=self._handshake_s, tls=tls,
+            counters=counters, sayings=self._sayings,
+        )  # fmt: skip
         self._listener: socket.socket | None = None
         self._lobby: set[asyncio.Task[None]] = set()
         self._conns: dict[ControlConnection, _Conn] = {}
@@ -144,7 +131,6 @@ class Control:
         self._dialed: dict[int, _Conn] = {}  # for requests, by node
         self._dials: dict[str, _Dial] = {}
         self._failed_at: dict[str, float] = {}
-        self._said: dict[tuple[str, str], float] = {}
         self._stopping = False
 
     # --- life
@@ -263,7 +249,7 @@ class Control:
             raise PeerUnavailable("no such peer", node=NodeId(node))
         try:
             async with asyncio.timeout(deadline_s):
-                sock, _ = await self._introduce_to(address, life, "data")
+                sock, _ = await self._introduce(address, life, "data")
         except BaseException as error:
             if isinstance(error, OSError | TimeoutError | RemoteProtocolError):
                 raise PeerUnavailable(
@@ -304,7 +290,7 @@ class Control:
                 raise RemoteProtocolError("no member is there any more")
             where = parse(address)
             async with asyncio.timeout(self._handshake_s):
-                sock, welcome = await self._introduce_to(where, life, "control")
+                sock, welcome = await self._introduce(where, life, "control")
             conn = await self._adopt(sock, life, address, welcome.card, dialed=True)
             for frame in dial.letters:
                 conn.connection.send(frame)
@@ -317,41 +303,19 @@ class Control:
             self._counters["dial_failures"] += 1
             self._counters["letters_dropped"] += len(dial.letters)
             self._failed_at[address] = self._clock()
-            self._say("dial", address, f"cannot connect to {address}: {reason}", logging.INFO)
+            self._sayings.say("dial", address, f"cannot connect to {address}: {reason}", logging.INFO)
         finally:
             del self._dials[address]
             for waiter in dial.waiters:
                 if not waiter.done():
                     waiter.set_exception(PeerUnavailable("cannot connect to the peer", reason=reason))
 
-    async def _introduce_to(self, where: Address, life: Life, role: str) -> tuple[socket.socket, Welcome]:
-        """HELLO and WELCOME on a new socket."""
-        ticket = tickets.hello_ticket(self._sealer, life)
-        card = self._local.card
-        if role == "data":
-            card = msgspec.structs.replace(card, layouts=[])  # gossip has told them
-        hello = CODEC.encode(Hello(PROTOCOL_MIN, PROTOCOL_MAX, self._cell, role, card, ticket))
+    async def _introduce(self, where: Address, life: Life, role: str) -> tuple[socket.socket, Welcome]:
         try:
-            sock = await net.connect(where)
+            return await self._introductions.make(where, life, role)
         except ConnectionRefusedError:  # its host says that the process is gone: as good as a connection that broke
             self._lost(life)
             raise
-        if self._tls is not None:
-            sock = await self._tls.wrap(sock, server=False)
-        try:
-            await asyncio.get_running_loop().sock_sendall(sock, hello)
-            answer = CODEC.decode(await net.read_frame(sock, HELLO_BYTES_MAX))
-            if isinstance(answer, PeerError):
-                self._counters[f"refused_by_peer_{answer.code}"] += 1
-                raise PeerUnavailable(f"peer refused: {answer.message}", node=NodeId(life.node), code=answer.code)
-            if not isinstance(answer, Welcome) or life_of(answer.card) != life:
-                raise PeerUnavailable("another node answers at the peer's address", node=NodeId(life.node))
-            if not tickets.check_welcome(self._opener, answer.ticket, claimed=life, hello=ticket, now=self._clock()):
-                raise PeerUnavailable("the peer does not prove that it has the cell's key", node=NodeId(life.node))
-        except BaseException:
-            sock.close()
-            raise
-        return sock, answer
 
     # --- accepting
 
@@ -389,84 +353,23 @@ class Control:
             loop.remove_reader(self._listener)
 
     async def _receive(self, sock: socket.socket, host: str) -> None:
-        """Read HELLO from the bare socket, and give the connection to whom it belongs."""
-        owned = True
+        """Introduce who has connected, and give the connection to whom it belongs."""
         try:
-            async with asyncio.timeout(self._handshake_s):
-                net.tune(sock)
-                if self._tls is not None:
-                    owned = False
-                    sock = await self._tls.wrap(sock, server=True)
-                    owned = True
-                try:
-                    hello = self._judge(await net.read_frame(sock, HELLO_BYTES_MAX), host)
-                except RemoteProtocolError as error:
-                    code = str(error.context.get("code", "protocol"))
-                    self._counters["malformed" if code == "protocol" else f"refused_{code}"] += 1
-                    self._say(
-                        code, host, f"refused {host}: {error}", logging.WARNING if code == "draining" else logging.ERROR
-                    )
-                    await asyncio.get_running_loop().sock_sendall(
-                        sock, CODEC.encode(PeerError(code, error.message[:1024]))
-                    )
-                    return
-                welcome = Welcome(
-                    min(hello.protocol_max, PROTOCOL_MAX), self._local.card, self._cell,
-                    tickets.welcome_ticket(self._sealer, hello.ticket),
-                )  # fmt: skip
-                await asyncio.get_running_loop().sock_sendall(sock, CODEC.encode(welcome))
-            if self._stopping:
+            introduced = await self._introductions.receive(sock, host)
+            if introduced is None:
                 return
-            owned = False
-            if hello.role == "data":
+            sock, hello = introduced
+            if self._stopping:
+                sock.close()
+            elif hello.role == "data":
                 self._on_data(sock, hello)
             else:
                 card = observed(hello.card, host)
                 await self._adopt(sock, life_of(card), at(card.address), card, dialed=False)
-        except TimeoutError:
-            self._counters["handshake_timeouts"] += 1
-        except ssl.SSLError as error:
-            self._counters["tls_failures"] += 1
-            self._say("tls", host, f"refused {host}: {error.reason or error}", logging.ERROR)
         except OSError as error:
             log.debug("an accepted connection ended: %s", error)
         except Exception:
             log.exception("accepted connection failed")
-        finally:
-            if owned:
-                sock.close()
-
-    def _judge(self, frame: Frame, host: str) -> Hello:
-        """The HELLO that a frame is, if whoever sent it may stay.
-
-        Raises:
-            RemoteProtocolError: it may not; ``code`` is for the other side.
-        """
-        if frame.type != PeerType.HELLO:
-            raise RemoteProtocolError("frame out of place", type=frame.type, phase="waiting for HELLO")
-        hello = CODEC.decode(frame)
-        assert isinstance(hello, Hello)
-        claimed = life_of(hello.card)
-        who = f"{NodeId(claimed.node)} at {at(hello.card.address)}"
-        if not max(hello.protocol_min, PROTOCOL_MIN) <= min(hello.protocol_max, PROTOCOL_MAX):
-            text = f"{who} speaks {hello.protocol_min}..{hello.protocol_max}, not {PROTOCOL_MIN}..{PROTOCOL_MAX}"
-            raise RemoteProtocolError(text)
-        if hello.cell != self._cell:
-            raise RemoteProtocolError(f"{who} is of cell {hello.cell!r}, this is cell {self._cell!r}", code="cell")
-        if hello.role not in ("control", "data"):
-            raise RemoteProtocolError("unknown role in HELLO", role=hello.role[:32])
-        if not tickets.check_hello(
-            self._opener, hello.ticket, claimed=claimed, own=self._local.life, now=self._clock()
-        ):
-            raise RemoteProtocolError(
-                f"{who} does not prove that it has the cell's key and that it means this node", code="key"
-            )
-        if self._local.leaving:
-            raise RemoteProtocolError("this node is leaving", code="draining")
-        known = self._local.life_of(claimed.node)
-        if known is not None and known != claimed and claimed.epoch <= known.epoch:
-            raise RemoteProtocolError(f"{who} is not the life of that node that is known", code="stale")
-        return hello
 
     # --- connections
 
@@ -522,7 +425,7 @@ class Control:
 
     def _on_malformed(self, conn: _Conn, error: RemoteProtocolError) -> None:
         self._counters["malformed"] += 1
-        self._say(
+        self._sayings.say(
             "malformed",
             conn.address,
             f"protocol error from {NodeId(conn.life.node)} ({conn.address}): {error}",
@@ -554,13 +457,3 @@ class Control:
                 self._by_address[conn.address] = other
         if self._dialed.get(conn.life.node) is conn:
             del self._dialed[conn.life.node]
-
-    def _say(self, what: str, whom: str, text: str, level: int) -> None:
-        """At most once per host and half minute: strangers must not be able to fill the log."""
-        now = self._clock()
-        if now - self._said.get((what, whom), float("-inf")) < SAY_AGAIN_S:
-            return
-        if len(self._said) >= 1_024:
-            self._said.clear()
-        self._said[what, whom] = now
-        log.log(level, "%s", text)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from p2pkv import _native
 from p2pkv.gossip.keyring import Keyring
+from p2pkv.gossip.sayings import Sayings
 from p2pkv.gossip.sealed import HEADER, Life, Opener, Refusal, Sealer
 
 READS_MAX: Final = 256
@@ -29,7 +30,6 @@ MANY: Final = 4
 """Addresses from which on one call sends to all of them."""
 ADDRESS_BYTES: Final = {socket.AF_INET: 16, socket.AF_INET6: 28}
 RESOLVE_AGAIN_S: Final = 30.0
-SAY_AGAIN_S: Final = 30.0
 
 log = logging.getLogger("p2pkv.gossip")
 
@@ -71,7 +71,7 @@ class Datagrams:
         self._many_packed = b""
         self._many_left = False
         self._address_bytes = ADDRESS_BYTES[sock.family]
-        self._said: dict[tuple[str, str], float] = {}
+        self._sayings = Sayings(clock)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
         self._woken_at = float("-inf")
@@ -163,7 +163,7 @@ class Datagrams:
                 host, port, family=self._sock.family, type=socket.SOCK_DGRAM
             )
         except (OSError, ValueError) as error:
-            self._say("resolve", address, f"cannot look up {address}: {error}", logging.WARNING)
+            self._sayings.say("resolve", address, f"cannot look up {address}: {error}", logging.WARNING)
             return
         self._resolved[address] = infos[0][4], self._clock()
 
@@ -237,17 +237,7 @@ class Datagrams:
             text = f"{name} sends frames of a version that this build does not speak ({data[0]})"
         else:
             text = f"{name} is of another cell, or forges frames, or the network changes them"
-        self._say(why.value, name.rpartition(":")[0], text, logging.ERROR)
-
-    def _say(self, what: str, whom: str, text: str, level: int) -> None:
-        """At most once per address and half minute: strangers must not be able to fill the log."""
-        now = self._clock()
-        if now - self._said.get((what, whom), float("-inf")) < SAY_AGAIN_S:
-            return
-        if len(self._said) >= NAMES_MAX:
-            self._said.clear()
-        self._said[what, whom] = now
-        log.log(level, "%s", text)
+        self._sayings.say(why.value, name.rpartition(":")[0], text, logging.ERROR)
 
 
 def pack_address(family: int, address: SocketAddress) -> bytes:

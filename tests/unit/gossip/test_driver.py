@@ -428,7 +428,7 @@ async def test_who_has_another_key_never_gets_in_and_is_named(
     assert f"127.0.0.1:{stranger.net.port} seals its frames with a key that this node does not have" in caplog.text
     for other in (stranger, plain):  # dialing, although gossip would not
         with pytest.raises(PeerUnavailable, match="refused"):
-            await other.net._control._introduce_to(a.net.card.address, a.net.life, "data")
+            await other.net._control._introductions.make(a.net.card.address, a.net.life, "data")
 
 
 def tls(authority: Authority, name: str) -> dict[str, str]:

@@ -15,8 +15,9 @@ import pytest
 from p2pkv.config import Peer
 from p2pkv.errors import P2PKVError
 from p2pkv.gossip import net
-from p2pkv.gossip.control import HELLO_BYTES_MAX, UNINTRODUCED_MAX
+from p2pkv.gossip.control import UNINTRODUCED_MAX
 from p2pkv.gossip.driver import PeerNetwork
+from p2pkv.gossip.introductions import HELLO_BYTES_MAX
 from p2pkv.gossip.keyring import public
 from p2pkv.gossip.sealed import Life, Sealer
 from p2pkv.gossip.tickets import hello_ticket
@@ -245,7 +246,7 @@ async def test_an_owner_that_answers_nonsense_or_nothing_is_left(network: PeerNe
     try:
         with pytest.raises((P2PKVError, OSError, TimeoutError)):
             async with asyncio.timeout(0.5):
-                await network._control._introduce_to(addr(listener), Life(5, 1, 5), "control")
+                await network._control._introductions.make(addr(listener), Life(5, 1, 5), "control")
     finally:
         task.cancel()
         listener.close()
