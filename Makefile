@@ -193,11 +193,11 @@ fuzz-http: setup $(VENV_FUZZ)/.stamp ## schemathesis against an agent's HTTP end
 
 .PHONY: fuzz-index
 fuzz-index: ## a minute of libFuzzer on the index's core (needs clang++)
-	@scripts/fuzz_index.sh
+	@scripts/fuzz.sh index
 
 .PHONY: fuzz-gossip
 fuzz-gossip: ## a minute of libFuzzer on the gossip's core (needs clang++)
-	@scripts/fuzz_gossip.sh
+	@scripts/fuzz.sh gossip
 
 $(VENV_FUZZ)/.stamp: requirements/schemathesis.txt
 	@PYTHON="$(PYTHON)" scripts/make_venv.sh $(VENV_FUZZ)
