@@ -1,0 +1,154 @@
+"""What to expect of each source: its first byte, its pace, and how sure that is. Learnt from real transfers. Pure.
+
+Mean and variance are exponentially weighted (West, 1979, "Updating mean and variance estimates"); a transfer weighs by
+its bytes, because the pace of a small one is mostly noise. What is not renewed becomes less sure: its spread grows with
+its age, back to that of a stranger, so that an old opinion is checked before much depends on it.
+
+``now`` is in seconds, monotonic. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from p2pkv.transport.planner import Estimate, Source
+from p2pkv.types import Tier
+
+SOURCES_MAX: Final = 8_192
+WEIGHT_BYTES: Final = 4 << 20
+"""A transfer of so many bytes moves an estimate by ``1 - 1/e`` of the way."""
+FIRST_BYTE_WEIGHT: Final = 0.2
+STRANGER_SPREAD: Final = 0.5
+"""Of a source that nothing was pulled from for long, or ever."""
+STALE_S: Final = 300.0
+"""After so long without a transfer an estimate is as unsure as a stranger's."""
+SURPRISE_MAX: Final = 8.0
+"""One transfer counts as at most so many times slower or faster than was expected: it may have met a pause of ours."""
+SECONDS_MIN: Final = 1e-6
+
+
+class Moved(NamedTuple):
+    """One transfer from one source that went through."""
+
+    first_byte_s: float
+    seconds: float  # from asking until the last byte
+    bytes_moved: int
+
+
+class Kept(NamedTuple):
+    """One source's estimate as it is written down. ``age_s``: of its last transfer."""
+
+    node: int
+    tier: int
+    first_byte_s: float
+    pace_s: float
+    variance: float
+    age_s: float
+
+
+class _Known:
+    """Of one source. The pace is in seconds per byte: a mean of times is what a plan adds up."""
+
+    __slots__ = ("at", "first_byte_s", "in_flight", "pace", "variance")
+
+    def __init__(self, first_byte_s: float, pace: float, at: float) -> None:
+        self.first_byte_s = first_byte_s
+        self.pace = pace
+        self.variance = (STRANGER_SPREAD * pace) ** 2
+        self.at = at
+        self.in_flight = 0
+
+
+class Estimates:
+    """One per agent.
+
+    Args:
+        stranger: what is expected of a source that nothing is known of: this node's own link, and a first byte that a
+            network of this kind gives.
+    """
+
+    def __init__(self, stranger: Estimate) -> None:
+        self._stranger = stranger
+        self._known: OrderedDict[Source, _Known] = OrderedDict()  # the one longest without a transfer first
+
+    def of(self, source: Source, now: float) -> Estimate:
+        """What is expected of it now."""
+        known = self._known.get(source)
+        if known is None:
+            return self._stranger
+        sure = math.sqrt(known.variance) / known.pace
+        stale = min(1.0, max(0.0, now - known.at) / STALE_S)
+        return Estimate(
+            first_byte_s=known.first_byte_s,
+            bytes_per_s=1.0 / known.pace,
+            busy_s=known.in_flight * known.pace,
+            spread=sure + stale * max(0.0, STRANGER_SPREAD - sure),
+        )
+
+    def begin(self, source: Source, size: int, now: float) -> None:
+        """So many bytes are asked of it. Every call is followed by one of :meth:`end`."""
+        self._of(source, now).in_flight += size
+
+    def end(self, source: Source, size: int, moved: Moved | None, now: float) -> None:
+        """They have come, or will not. ``moved``: what the transfer shows of the source's pace; None: nothing."""
+        known = self._of(source, now)
+        known.in_flight = max(0, known.in_flight - size)
+        if moved is None or moved.bytes_moved <= 0:
+            return
+        known.first_byte_s += FIRST_BYTE_WEIGHT * (moved.first_byte_s - known.first_byte_s)
+        pace = max(SECONDS_MIN, moved.seconds - moved.first_byte_s) / moved.bytes_moved
+        pace = min(max(pace, known.pace / SURPRISE_MAX), known.pace * SURPRISE_MAX)
+        weight = 1.0 - math.exp(-moved.bytes_moved / WEIGHT_BYTES)
+        off = pace - known.pace
+        known.pace += weight * off
+        known.variance = (1.0 - weight) * (known.variance + weight * off * off)
+        known.at = now
+        self._known.move_to_end(source)
+
+    def forget(self, node: int) -> None:
+        """The node has gone; what comes back under its name may be another machine."""
+        for source in [source for source in self._known if source.node == node]:
+            del self._known[source]
+
+    def kept(self, now: float) -> list[Kept]:
+        """What is worth writing down."""
+        return [
+            Kept(source.node, source.tier, known.first_byte_s, known.pace, known.variance, max(0.0, now - known.at))
+            for source, known in self._known.items()
+        ]
+
+    def restore(self, kept: Iterable[Kept], now: float) -> int:
+        """Take over what was written down; what makes no sense is left out. Returns how many."""
+        count = 0
+        for one in kept:
+            numbers = (one.first_byte_s, one.pace_s, one.variance, one.age_s)
+            if not all(math.isfinite(number) and number >= 0 for number in numbers) or one.pace_s == 0:
+                continue
+            try:
+                tier = Tier(one.tier)
+            except ValueError:
+                continue
+            known = self._of(Source(one.node, tier), now)
+            known.first_byte_s, known.pace, known.variance = one.first_byte_s, one.pace_s, one.variance
+            known.at = now - one.age_s
+            count += 1
+        return count
+
+    def _of(self, source: Source, now: float) -> _Known:
+        known = self._known.get(source)
+        if known is None:
+            self._make_room()
+            stranger = self._stranger
+            known = self._known[source] = _Known(stranger.first_byte_s, 1.0 / stranger.bytes_per_s, now)
+        return known
+
+    def _make_room(self) -> None:
+        """The one longest without a transfer gives way; one that is being pulled from stays."""
+        while len(self._known) >= SOURCES_MAX:
+            idle = next((source for source, known in self._known.items() if known.in_flight == 0), None)
+            if idle is None:
+                return  # as many pulls as that are bounded elsewhere
+            del self._known[idle]
