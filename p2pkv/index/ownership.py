@@ -55,7 +55,7 @@ class OwnershipLog:
         self.seq = 0
         self._hold_s = hold_ms / 1000
         self._keys_per_delta = keys_per_delta
-        # Native: 22 bytes an entry, its checksum kept as it changes, no pause as it grows.
+        # Native: some 17 bytes an entry, its checksum kept as it changes, no pause as it grows.
         self._published = PrefixIndex(max_nodes=1)
         # OrderedDict: taking from the front of a plain dict costs a walk over all that was taken before.
         self._urgent: OrderedDict[int, Tier] = OrderedDict()  # due at once
