@@ -24,6 +24,7 @@ from p2pkv.wire.peer import Address, Card
 
 BUFFER_BYTES: Final = 64 << 10
 READS_MAX: Final = 64
+PORT_TRIES: Final = 16
 DESCRIPTORS: Final = 128
 """For everything but the other nodes."""
 
@@ -100,16 +101,15 @@ class Other:
 
 def bind_both() -> tuple[socket.socket, socket.socket]:
     """One port of this host for TCP and UDP, as agents have it."""
-    while True:
+    for left in reversed(range(PORT_TRIES)):
         listener = socket.create_server(("127.0.0.1", 0), backlog=1)
         try:
-            sock = datagrams.bind(listener)
+            return listener, datagrams.bind(listener)
         except OSError as error:
             listener.close()
-            if error.errno != errno.EADDRINUSE:
+            if left == 0 or error.errno != errno.EADDRINUSE:
                 raise
-        else:
-            return listener, sock
+    raise AssertionError("unreachable")
 
 
 class OtherNodes:

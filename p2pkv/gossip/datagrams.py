@@ -192,13 +192,16 @@ class Datagrams:
 
     def _gathered(self) -> None:
         self._gathering = None
-        count = self._read()
-        if self._sock.fileno() < 0:
-            return  # closed by what was read
-        if count == 0:
-            self._loop.add_reader(self._sock, self._readable)
-        else:
-            self._gathering = self._loop.call_later(GATHER_S if count < READS_MAX else 0.0, self._gathered)
+        count = 1
+        try:
+            count = self._read()
+        finally:  # whatever one frame did: the next ones are read
+            if self._sock.fileno() < 0:
+                pass  # closed by what was read
+            elif count == 0:
+                self._loop.add_reader(self._sock, self._readable)
+            else:
+                self._gathering = self._loop.call_later(GATHER_S if count < READS_MAX else 0.0, self._gathered)
 
     def _read(self) -> int:
         now = self._clock()

@@ -29,8 +29,6 @@ from p2pkv.wire.peer import CODEC, Address, Card, Hello, PeerError, PeerType, We
 HELLO_BYTES_MAX: Final = 1 << 20
 """Room for a card with every layout an agent may have; what one stranger can make us buffer."""
 
-log = logging.getLogger("p2pkv.gossip")
-
 
 class ThisNode(Protocol):
     """This node, as it introduces itself."""

@@ -182,8 +182,8 @@ class Opener:
         """What a datagram says, or why it is not believed; counted in ``refused``."""
         voice = self._voices.get(datagram[:_BEGINNING])
         outcome = self._open(datagram, voice, now) if voice is not None else self._open_first(datagram, now)
-        if outcome.__class__ is not Opened:
-            self.refused[outcome] += 1  # type: ignore[index]
+        if isinstance(outcome, Refusal):
+            self.refused[outcome] += 1
         return outcome
 
     def _open(self, datagram: bytes, voice: _Voice, now: float) -> Opened | Refusal:

@@ -105,6 +105,36 @@ async def test_frames_that_come_often_wait_for_each_other_and_a_late_one_comes_a
         other.close()
 
 
+async def test_a_frame_that_makes_trouble_does_not_make_the_node_deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datagrams, "GATHER_S", 0.02)
+    one, other = End("127.0.0.1", 1), End("127.0.0.1", 2)
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    trouble = 0
+
+    def take(life: Life, source: str, payload: bytes) -> None:
+        nonlocal trouble
+        if payload == b"trouble":
+            trouble += 1
+            other.came.set()
+            raise RuntimeError("trouble")
+        other.got.append((life, source, payload))
+
+    monkeypatch.setattr(other.datagrams, "_take", take)
+    try:
+        for round_ in range(1, 6):  # while it gathers, and while it does not
+            one.datagrams.send(b"trouble", [other.address])
+            async with asyncio.timeout(5.0):
+                while trouble < round_:
+                    other.came.clear()
+                    await other.came.wait()
+        one.datagrams.send(b"well", [other.address])
+        await other.until(1)
+    finally:
+        asyncio.get_running_loop().set_exception_handler(None)
+        one.close()
+        other.close()
+
+
 async def test_a_name_is_looked_up_and_one_that_is_none_costs_nothing_but_its_frames() -> None:
     one, other = End("127.0.0.1", 1), End("127.0.0.1", 2)
     try:
