@@ -162,6 +162,9 @@ class Pool:
         """A connection that is the caller's from now on, or -1."""
 
     def drop(self, node: int) -> None: ...
+    def expect(self, node: int, first_byte_s: float, byte_s: float) -> None:
+        """What is expected of the node, by which native code chooses among holders."""
+
     def clear(self) -> None: ...
     def idle(self) -> int: ...
     def idle_at(self, node: int) -> int: ...
@@ -202,7 +205,27 @@ class NixlReads:
         """End every read, join the thread."""
 
 LaneEvent = tuple[
-    int, int, int, int, list[bytes], bytes, bytes, float, float, int, int, bool, int, int, int, int, int, float, bytes
+    int,
+    int,
+    int,
+    int,
+    list[bytes],
+    bytes,
+    bytes,
+    float,
+    float,
+    int,
+    int,
+    bool,
+    int,
+    int,
+    int,
+    int,
+    int,
+    float,
+    float,
+    list[bytes],
+    bytes,
 ]
 
 class Gets:
@@ -287,6 +310,7 @@ class Lane:
         streams: int,
         partial_bytes: int,
         ahead_bytes: int,
+        spread_bytes: int,
         in_flight_max: int,
     ) -> None: ...
     def add(self, connection: int, fd: int, holder: int) -> None: ...
@@ -294,6 +318,9 @@ class Lane:
     def send(self, connection: int, frame: bytes) -> bool: ...
     def close(self, connection: int) -> None: ...
     def watch(self, namespace: int, key: bytes) -> bool: ...
+    def distrust(self, namespace: int, key: bytes, distrusted: bool) -> None:
+        """Whether GETs of this block are handed over, because a holder of it sent something else."""
+
     def set_draining(self, draining: bool) -> None: ...
     def drain(self) -> list[LaneEvent]: ...
     def counters(self) -> dict[str, int]: ...

@@ -100,6 +100,9 @@ class Transport(Section, frozen=True):
         "auto"  # auto: nixl where there is RDMA; on one host the faster as measured; else tcp
     )
     deadline_ms: int = 2_000  # of a whole pull when the caller names none
+    in_flight: str = (
+        "12%"  # of the arena, or a size: bytes that pulls may have on their way at once; more wait their turn
+    )
     stall_ms: int = 500  # a pull that makes no progress for this long is given up, whatever its deadline
     streams: int = 4  # TCP connections used for one large pull; more fill fat links, fewer spare sockets
     stream_bytes: str = "8MiB"  # a pull uses one more stream for each so many bytes
@@ -352,6 +355,7 @@ def _check_values(config: Config) -> None:
         within(key, parse_size(text, key=key), 4_096, 1 << 40)
     parse_size(config.store.capacity, key="store.capacity", percent_of=1 << 30)
     parse_size(config.transport.quarantine, key="transport.quarantine", percent_of=1 << 30)
+    parse_size(config.transport.in_flight, key="transport.in_flight", percent_of=1 << 30)
     for seed in config.peer.seeds:
         parse_address(seed, key="peer.seeds")
     if config.peer.dns and not config.peer.dns.startswith("_"):

@@ -24,6 +24,9 @@ from p2pkv.agent.lane import EngineLane
 from p2pkv.agent.populate import Populator
 from p2pkv.agent.remembered import FILE, Remembered
 from p2pkv.agent.service import CacheService
+from p2pkv.agent.sources import Sources
+from p2pkv.agent.suspicion import FEATURE as SUSPECT
+from p2pkv.agent.suspicion import Suspicion
 from p2pkv.agent.tokenizers import Tokenizers
 from p2pkv.agent.transports import Transports
 from p2pkv.config import Config, is_loopback, parse_size
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("p2pkv.agent")
 
 TICK_S: Final = 1.0
+SPREAD_BYTES: Final = 8 << 20
+"""So much that several peers hold is pulled from several at once: that is worth the event loop's half millisecond."""
 SAVE_S: Final = 2.0
 """How long a stopping agent waits for what it knows of others to be on disk."""
 DRAIN_S: Final = 5.0
@@ -155,7 +160,7 @@ class Agent:
         self.network = PeerNetwork(
             settings=config.peer,
             cell=config.peer.cell,
-            card=Card(self.node, self.identity.epoch, Address("", 0), "", host_id(), [], ["tcp"]),
+            card=Card(self.node, self.identity.epoch, Address("", 0), "", host_id(), [], ["tcp"], features=[SUSPECT]),
             log=self.ownership,
             index=self.index,
             renew=self.identity.renew,
@@ -172,13 +177,31 @@ class Agent:
             lease_ttl_s=lease_ttl_s,
             on_change=self._tell_card,
         )
+        self.sources = Sources(self.network, self.transports, config.peer.host)
+        self.suspicion = Suspicion(
+            store=self.store,
+            arena=self.arena,
+            movers=self.movers,
+            network=self.network,
+            on_change=lambda namespace, key, distrusted: self.lane.distrust(namespace, key, distrusted),
+            on_dropped=self.service.publish,
+            lease_ttl_s=lease_ttl_s,
+        )
+        exits.push_async_callback(self.suspicion.stop)
         self.service.fetcher = Fetcher(
             landing=self.service,
             holders=self.service.holders,
             transport=self.transports.pick,
-            heard_at=self._heard_at,
+            peers=self.sources.peers,
+            in_flight_bytes=parse_size(
+                config.transport.in_flight, key="transport.in_flight", percent_of=self.arena.capacity_bytes
+            ),
             watch=lambda namespace, key: self.lane.watch(namespace, key),
+            distrusted=self.suspicion.distrusted,
+            on_rejected=self.suspicion.rejected,
+            salt=self.node,
         )
+        exits.push_async_callback(self.sources.stop)
         exits.push_async_callback(self.service.fetcher.stop)
         exits.push_async_callback(self.transports.stop)
         await self.transports.start()
@@ -201,6 +224,7 @@ class Agent:
             streams=config.transport.streams,
             partial_bytes=PARTIAL_BYTES,
             ahead_bytes=AHEAD_BYTES,
+            spread_bytes=SPREAD_BYTES,
             in_flight_max=config.engine.in_flight_max,
         )
         self.lane = self.service.lane = EngineLane(native, self.service.on_landed)
@@ -234,6 +258,7 @@ class Agent:
         while True:
             await asyncio.sleep(TICK_S)
             self.service.tick()
+            self.suspicion.tick()
             self.remembered.tick()
 
     async def _remember(self) -> None:
@@ -261,13 +286,7 @@ class Agent:
             self.transports.review(int(peer.node))
         else:
             self.transports.peer_gone(int(peer.node))
-
-    def _heard_at(self, node: int) -> float:
-        """When a peer was last heard from."""
-        peer = self.network.peer(node)
-        if peer is None or peer.age_ms is None:
-            return float("-inf")
-        return time.monotonic() - peer.age_ms / 1000
+            self.sources.gone(int(peer.node))
 
     def request_stop(self) -> None:
         """Make :meth:`run` end; safe from a signal handler."""

@@ -45,11 +45,14 @@ class PullEnd(NamedTuple):
     failed: int
     rejected: int
     missed: int
+    waited_s: float  # until the first byte; 0 = none came
+    took_s: float  # all of it
     reason: str
 
 
 class Landed(NamedTuple):
-    """Blocks of a pull have come that somebody had asked to watch (``keys``, ``statuses``), or it is over.
+    """Blocks of a pull have come that somebody had asked to watch (``keys``, ``statuses``), some were not what they
+    should have been (``rejected``), or it is over.
 
     ``end``: then, and only then.
     """
@@ -57,6 +60,7 @@ class Landed(NamedTuple):
     namespace: int
     keys: list[bytes]
     statuses: Sequence[Status]
+    rejected: list[bytes]
     node: int
     code: Code
     end: PullEnd | None
@@ -116,6 +120,10 @@ class EngineLane:
         """Whether the lane is pulling this block now; then the key is named when that has ended."""
         return self._native.watch(namespace, key)
 
+    def distrust(self, namespace: int, key: bytes, distrusted: bool) -> None:
+        """Whether GETs of this block are to be handed over: some holder of it must not be asked."""
+        self._native.distrust(namespace, key, distrusted)
+
     def drain(self) -> None:
         """Hand every further GET over: the agent is leaving."""
         self._native.set_draining(True)
@@ -137,11 +145,12 @@ class EngineLane:
     def _on_events(self) -> None:
         for event in self._native.drain():
             kind, connection, request_id, namespace, keys, statuses, settled, asked_at, deadline, node = event[:10]
-            code, final, blocks, failed, rejected, missed, moved, _, detail = event[10:]
+            code, final, blocks, failed, rejected, missed, moved, waited_s, took_s, rejected_keys, detail = event[10:]
             reason = detail.decode(errors="replace")
             if kind == _Kind.LANDED:
-                ended = PullEnd(blocks, moved, failed, rejected, missed, reason) if final else None
-                self._on_landed(Landed(namespace, keys, _statuses(statuses), node, Code(code), ended))
+                ended = PullEnd(blocks, moved, failed, rejected, missed, waited_s, took_s, reason) if final else None
+                landed = Landed(namespace, keys, _statuses(statuses), rejected_keys, node, Code(code), ended)
+                self._on_landed(landed)
                 continue
             port = self._ports.get(connection)
             if port is None:

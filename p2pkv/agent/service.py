@@ -20,13 +20,15 @@ from p2pkv.agent.lane import EngineLane, Landed
 from p2pkv.agent.regions import MappedRegion
 from p2pkv.errors import Busy, InvalidArgument, LayoutMismatch
 from p2pkv.index.ownership import OwnershipLog
-from p2pkv.index.prefix import PrefixIndex
+from p2pkv.index.prefix import Holder, PrefixIndex
 from p2pkv.store.arena import Arena
 from p2pkv.store.base import Block, Reservation
 from p2pkv.store.dram import DramStore
 from p2pkv.transport.base import Held, HeldBlock
+from p2pkv.transport.estimates import Moved
 from p2pkv.transport.fetch import Fetcher, PullCounts
 from p2pkv.transport.movers import Code, Movers, Work
+from p2pkv.transport.plan import Source as PeerSource
 from p2pkv.types import Layout, Status, Tier, index_key, namespace_salt
 from p2pkv.wire.engine import Done, Matched, NodeMatch
 from p2pkv.wire.engine_types import Source
@@ -157,6 +159,10 @@ class CacheService:
 
     # --- for the fetcher (Landing) ---
 
+    def block_bytes(self, namespace: int) -> int:
+        """Of each of a namespace's blocks; 0: the namespace is not known here."""
+        return self.store.block_bytes(namespace)
+
     def reserve(self, namespace: int, key: bytes) -> Reservation | Status:
         """A slot for a block that is about to be pulled."""
         return self.store.reserve(namespace, key, self._clock())
@@ -164,12 +170,12 @@ class CacheService:
     def commit(self, place: Reservation, checksum: bytes) -> None:
         """A pulled block is proven: it is ours now."""
         self.store.commit(place, checksum, self._clock())
-        self._publish()
+        self.publish()
 
     def abort(self, place: Reservation) -> None:
         """A pulled block did not come."""
         self.store.abort(place)
-        self._publish()
+        self.publish()
 
     def quarantine(self, place: Reservation, token: tuple[str, int]) -> None:
         """A pulled block did not come, but its bytes still may."""
@@ -181,13 +187,20 @@ class CacheService:
 
     # --- index ---
 
-    def holders(self, namespace: int, hashes: Sequence[bytes]) -> list[list[int]]:
-        """Per hash the live peers that hold it, by the local index."""
+    def holders(self, namespace: int, hashes: Sequence[bytes]) -> list[list[PeerSource]]:
+        """Per hash where live peers hold it, by the local index."""
         found = self.index.holders(self._keys(namespace, hashes))
+        known: dict[Holder, PeerSource | None] = {}  # most of a chain has the same few
         out = []
         for per_key in found:
-            nodes = (self._slot_node(holder.node) for holder in per_key if holder.node != SELF_SLOT)
-            out.append([node for node in nodes if node is not None])
+            sources = []
+            for holder in per_key:
+                if holder not in known:
+                    node = None if holder.node == SELF_SLOT else self._slot_node(holder.node)
+                    known[holder] = None if node is None else PeerSource(int(node), holder.tier)
+                if (source := known[holder]) is not None:
+                    sources.append(source)
+            out.append(sources)
         return out
 
     def match(self, namespace: int, hashes: Sequence[bytes], *, detail: bool) -> Matched:
@@ -340,7 +353,7 @@ class CacheService:
             for _, place in places[committed:]:
                 self.store.abort(place)
             self.store.touch(namespace, keys, self._clock())  # so that of the chain the tail is evicted first
-            self._publish()
+            self.publish()
         for i, status in enumerate(statuses):
             if status is Status.BUSY and self.store.lookup(namespace, keys[i]) is not None:
                 statuses[i] = Status.EXISTS  # whoever was writing it is done (this request, if it names it twice)
@@ -414,15 +427,18 @@ class CacheService:
 
     def on_landed(self, landed: Landed) -> None:
         """A pull of the lane's has ended: tell peers what is here now, and whoever waited for it; count."""
-        self._publish()
+        self.publish()
         if self.fetcher is None:
             return
         if landed.keys:
             self.fetcher.landed_elsewhere(landed.namespace, landed.keys, landed.statuses)
+        if landed.rejected:
+            self.fetcher.on_rejected(landed.node, landed.namespace, landed.rejected)
         if (end := landed.end) is not None:
             self.fetcher.count_elsewhere(
-                landed.node,
+                PeerSource(landed.node, Tier.DRAM),
                 PullCounts(end.blocks, end.bytes_moved, end.failed, end.rejected, end.missed),
+                Moved(end.waited_s, end.took_s, end.bytes_moved),
                 silent=landed.code is Code.STALLED and not end.blocks,
                 reason=end.reason,
             )
@@ -442,7 +458,7 @@ class CacheService:
 
     # --- ownership ---
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Pass what the store did to the ownership log and to our own slot of the index."""
         changes = self.store.take_changes()
         if changes is None:
@@ -456,7 +472,7 @@ class CacheService:
     def tick(self) -> None:
         """Once a second or so: end leases that are over, publish what that freed."""
         self.store.expire(self._clock())
-        self._publish()
+        self.publish()
 
     def key_of(self, namespace: int, block_hash: bytes) -> int:
         """A block's key in the index."""

@@ -112,7 +112,7 @@ class Transports:
         self.nixl: NixlTransport | None = None
         """The NIXL transport, while this agent runs it."""
         self.why_no_nixl = "transport.kind is tcp"
-        self._rdma = has_rdma()
+        self.rdma = has_rdma()
         self._same_host_nixl = False
 
     async def start(self) -> None:
@@ -125,7 +125,7 @@ class Transports:
         kind = self._settings.kind
         if kind == "tcp":
             return
-        if kind == "auto" and not self._rdma:
+        if kind == "auto" and not self.rdma:
             self._same_host_nixl = nixl_is_faster()
             if not self._same_host_nixl:
                 self.why_no_nixl = "no RDMA device, and TCP is faster between agents of this host"
@@ -179,7 +179,7 @@ class Transports:
         peer = self._network.peer(node)
         if peer is None or "nixl" not in peer.card.transports:
             return self.tcp
-        if self._settings.kind == "nixl" or self._rdma:
+        if self._settings.kind == "nixl" or self.rdma:
             return self.nixl
         same_host = peer.card.host_id == self._network.card.host_id
         return self.nixl if same_host and self._same_host_nixl else self.tcp

@@ -47,8 +47,8 @@ WAITING_BYTES_MAX: Final = 32 << 20
 DIAL_AGAIN_S: Final = 0.2
 DIALS_MAX: Final = 64
 
-REQUESTS: Final = frozenset({PeerType.PIN, PeerType.RELEASE, PeerType.NIXL_CONNECT})
-ANSWERS: Final = frozenset({PeerType.PINNED, PeerType.RELEASED, PeerType.NIXL_ENDPOINT})
+REQUESTS: Final = frozenset({PeerType.PIN, PeerType.RELEASE, PeerType.NIXL_CONNECT, PeerType.SUSPECT})
+ANSWERS: Final = frozenset({PeerType.PINNED, PeerType.RELEASED, PeerType.NIXL_ENDPOINT, PeerType.SUSPECTED})
 
 log = logging.getLogger("p2pkv.gossip")
 

@@ -19,9 +19,11 @@ nb::list drain(Lane& lane) {
     for (const LaneEvent& e : lane.drain()) {
         nb::list keys;
         for (const std::string& key : e.keys) keys.append(nb::bytes(key.data(), key.size()));
+        nb::list rejected;
+        for (const std::string& key : e.rejected_keys) rejected.append(nb::bytes(key.data(), key.size()));
         out.append(nb::make_tuple(static_cast<int>(e.kind), e.connection, e.request_id, e.space, keys,
                                   to_bytes(e.statuses), to_bytes(e.settled), e.asked_at, e.deadline, e.node,
-                                  static_cast<int>(e.code), e.final, e.blocks, e.failed, e.rejected, e.missed, e.bytes, e.waited_s,
+                                  static_cast<int>(e.code), e.final, e.blocks, e.failed, e.rejected, e.missed, e.bytes, e.waited_s, e.took_s, rejected,
                                   nb::bytes(e.detail.data(), e.detail.size())));
     }
     return out;
@@ -29,10 +31,10 @@ nb::list drain(Lane& lane) {
 
 Lane* make_lane(store::Store& store, IoEngine& receiver, Pool& pool, NixlReads* nixl, nb::capsule lookup, uintptr_t arena,
                 double lease_ttl_s, double stall_s, uint64_t stream_bytes, uint32_t streams, uint64_t partial_bytes,
-                uint64_t ahead_bytes, uint32_t in_flight_max) {
+                uint64_t ahead_bytes, uint64_t spread_bytes, uint32_t in_flight_max) {
     if (std::string(lookup.name()) != index::kLookupCapsule) throw nb::type_error("lookup is not PrefixIndex.lookup");
     return new Lane(store, receiver, pool, nixl, *static_cast<const index::Lookup*>(lookup.data()),
-                    {arena, lease_ttl_s, stall_s, stream_bytes, streams, partial_bytes, ahead_bytes, in_flight_max});
+                    {arena, lease_ttl_s, stall_s, stream_bytes, streams, partial_bytes, ahead_bytes, spread_bytes, in_flight_max});
 }
 
 std::string text(nb::bytes bytes) { return std::string(bytes.c_str(), bytes.size()); }
@@ -46,6 +48,7 @@ void bind_lane(nb::module_& m) {
              "slot"_a, "fd"_a)
         .def("take", &Pool::take, "node"_a)
         .def("drop", &Pool::drop, "node"_a)
+        .def("expect", &Pool::expect, "node"_a, "first_byte_s"_a, "byte_s"_a)
         .def("clear", &Pool::clear)
         .def("idle", &Pool::idle)
         .def("idle_at", &Pool::idle_at, "node"_a);
@@ -79,7 +82,7 @@ void bind_lane(nb::module_& m) {
     nb::class_<Lane>(m, "Lane")
         .def(nb::new_(&make_lane), "store"_a, "receiver"_a, "pool"_a, "nixl"_a.none(), "lookup"_a, "arena"_a, "lease_ttl_s"_a, "stall_s"_a,
              "stream_bytes"_a, "streams"_a, "partial_bytes"_a, "ahead_bytes"_a,
-             "in_flight_max"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
+             "spread_bytes"_a, "in_flight_max"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
              nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>())
         .def_prop_ro("fd", &Lane::fd)
         .def_prop_ro("in_flight", &Lane::in_flight)
@@ -92,6 +95,9 @@ void bind_lane(nb::module_& m) {
         .def("close", &Lane::close, "connection"_a)
         .def("watch", [](Lane& lane, uint64_t space, nb::bytes key) { return lane.watch(space, text(key)); },
              "namespace"_a, "key"_a)
+        .def("distrust",
+             [](Lane& lane, uint64_t space, nb::bytes key, bool distrusted) { lane.distrust(space, text(key), distrusted); },
+             "namespace"_a, "key"_a, "distrusted"_a)
         .def("set_draining", &Lane::set_draining, "draining"_a)
         .def("stop", &Lane::stop, nb::call_guard<nb::gil_scoped_release>())
         .def("counters", [](const Lane& lane) {

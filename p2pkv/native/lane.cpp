@@ -25,6 +25,7 @@ constexpr uint64_t kKeysMax = 16384;           // p2pkv/wire/fields.py
 constexpr double kDeadlineMax = 600;           // seconds; as DEADLINE_MS_MAX in p2pkv/agent/ipc.py
 constexpr uint64_t kJobBase = uint64_t{1} << 62;  // apart from the jobs of p2pkv/transport/movers.py
 constexpr int kEventsMax = 64;
+constexpr size_t kDistrustedMax = 8192;  // twice what p2pkv/transport/distrust.py keeps
 constexpr uint64_t kWake = ~uint64_t{0};
 
 }  // namespace
@@ -328,6 +329,15 @@ bool Lane::watch(uint64_t space, const std::string& key) {
     if (it == flights_.end()) return false;
     it->second = true;
     return true;
+}
+
+void Lane::distrust(uint64_t space, const std::string& key, bool distrusted) {
+    std::lock_guard lock(mutex_);
+    if (!distrusted) {
+        distrusted_.erase(flight_of(space, key));
+    } else if (distrusted_.size() < kDistrustedMax) {
+        distrusted_.insert(flight_of(space, key));
+    }
 }
 
 size_t Lane::in_flight() const {

@@ -41,11 +41,12 @@ struct LaneEvent {
     std::vector<unsigned char> statuses;  // per key. rest: kUnsettled, or how the lane's own attempt at it failed
     std::vector<unsigned char> settled;   // rest: 1 where the engine has had its answer
     double asked_at = 0, deadline = 0;    // CLOCK_MONOTONIC, seconds
+    std::vector<std::string> rejected_keys;  // landed: those whose bytes failed their checksum
     uint64_t node = 0;                    // whom the lane had asked; 0 = nobody
     Code code = Code::ok;                 // how that ended
     bool final = false;  // landed: the pull is over, and the figures are its; else blocks have come that are watched
     uint64_t blocks = 0, failed = 0, rejected = 0, missed = 0, bytes = 0;  // landed; rejected and missed: of `failed`
-    double waited_s = 0;                  // landed: until the first byte; 0 = none came
+    double waited_s = 0, took_s = 0;      // landed: until the first byte (0 = none came), and in all
     std::string detail;
 };
 
@@ -57,6 +58,7 @@ struct LaneOptions {
     uint32_t streams = 4;             // at most so many
     uint64_t partial_bytes = 2 << 20;  // blocks are given to the engine each time so many bytes have come
     uint64_t ahead_bytes = 1 << 20;    // and it is told of parts of a block that are so long, to copy ahead; 0: never
+    uint64_t spread_bytes = 8 << 20;   // so many bytes that several holders have are Python's to spread over them
     uint32_t in_flight_max = 256;      // per engine
 };
 
@@ -80,6 +82,8 @@ class Lane {
 
     // Whether the lane is pulling this block now; if so, the event of its end names the key.
     bool watch(uint64_t space, const std::string& key);
+    // Whether GETs of this block are Python's, who knows which holder of it sent something else (at most kDistrustedMax).
+    void distrust(uint64_t space, const std::string& key, bool distrusted);
     void set_draining(bool draining) { draining_ = draining; }
     // No pull ends after this returns; all sockets are closed.
     void stop();
@@ -129,10 +133,11 @@ class Lane {
     std::atomic<bool> draining_{false};
     std::atomic<bool> stopping_{false};
     std::atomic<uint64_t> next_job_;
-    mutable std::mutex mutex_;  // guards the three tables; never held across a system call
+    mutable std::mutex mutex_;  // guards the four tables; never held across a system call
     std::unordered_map<uint64_t, ConnectionRef> connections_;
     std::unordered_map<std::string, bool> flights_;  // namespace and key of every block being pulled -> watched
     std::unordered_set<uint64_t> pulls_;             // jobs at the receiver
+    std::unordered_set<std::string> distrusted_;
     Completions<LaneEvent> events_;
     std::thread thread_;
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "frame.hpp"
@@ -14,6 +15,10 @@ namespace p2pkv {
 namespace {
 
 constexpr uint32_t kHoldersMax = 16;
+constexpr double kAboutAsQuick = 1.5;  // times what the quickest holder takes: among these we take turns
+// A pull that takes this much longer than expected, where others have the blocks too, is handed over.
+constexpr double kEnoughFactor = 4.0;
+constexpr double kEnoughMinS = 0.1;
 
 unsigned char status_of(Code code) {
     switch (code) {
@@ -76,12 +81,17 @@ bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared
     if (holders == 0) return false;
 
     const uint64_t bytes = missing.size() * block_bytes;
+    if (holders > 1 && bytes >= options_.spread_bytes) return false;  // they are quicker together
     const size_t streams_over_tcp = std::clamp<size_t>((bytes + options_.stream_bytes - 1) / options_.stream_bytes, 1,
                                                        std::min<size_t>(options_.streams, missing.size()));
     size_t streams = 0;
-    const size_t turn = next_job_ % holders;  // so that no holder of a hot block is asked most
+    const size_t turn = next_job_ % holders;  // so that of equal holders none is asked most
+    double costs[kHoldersMax], least = std::numeric_limits<double>::infinity();
+    for (size_t h = 0; h < holders; ++h) least = std::min(least, costs[h] = pool_.cost(slots[h], bytes));
     for (size_t h = 0; h < holders && pulls->empty(); ++h) {
-        const uint32_t slot = slots[(turn + h) % holders];
+        const size_t which = (turn + h) % holders;
+        if (costs[which] > least * kAboutAsQuick) continue;
+        const uint32_t slot = slots[which];
         const NixlReads::Way way = nixl_ == nullptr ? NixlReads::Way::tcp : nixl_->way_to(pool_.node_of(slot));
         if (way == NixlReads::Way::not_now) continue;
         const bool one_sided = way == NixlReads::Way::one_sided;
@@ -96,6 +106,7 @@ bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared
             pull->fd = taken.fd;
             pull->first_byte_s = taken.first_byte_s;
             pull->one_sided = one_sided;
+            if (holders > 1) pull->enough_s = std::max(kEnoughMinS, kEnoughFactor * costs[which]);
             pulls->push_back(std::move(pull));
         } while (pulls->size() < streams);
     }
@@ -118,9 +129,11 @@ bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared
 }
 
 // Say that these blocks are being pulled, before their slots are reserved: whom the store tells that somebody writes a
-// block can watch it, until that is over. False: one of them is being pulled already.
+// block can watch it, until that is over. False: one of them is being pulled already, or distrusted.
 bool Lane::take_off(const Request& request, const std::vector<uint32_t>& indices) {
     std::lock_guard lock(mutex_);
+    for (size_t n = 0; n < indices.size() && !distrusted_.empty(); ++n)
+        if (distrusted_.contains(flight_of(request.space, request.keys[indices[n]]))) return false;
     for (size_t n = 0; n < indices.size(); ++n) {
         if (flights_.emplace(flight_of(request.space, request.keys[indices[n]]), false).second) continue;
         while (n-- > 0) flights_.erase(flight_of(request.space, request.keys[indices[n]]));
@@ -149,6 +162,7 @@ void Lane::call_off(const Request& request, const std::vector<uint32_t>& indices
 
 void Lane::submit(const std::shared_ptr<Pull>& pull) {
     const Request& request = *pull->request;
+    pull->asked_at = now_s();
     std::string body;
     msgpack::Writer writer(&body);
     writer.array(pull->one_sided ? 4 : 3);
@@ -160,7 +174,7 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
     const auto to_duration = [](double s) {
         return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::max(0.0, s)));
     };
-    const Limits limits{Clock::now() + to_duration(request.deadline - now_s()), to_duration(pull->first_byte_s),
+    const Limits limits{Clock::now() + to_duration(std::min(request.deadline - now_s(), pull->enough_s)), to_duration(pull->first_byte_s),
                         to_duration(options_.stall_s)};
     std::unique_ptr<Transfer> transfer;
     if (pull->one_sided) {
@@ -196,7 +210,7 @@ void Lane::on_pinned(const std::shared_ptr<Pull>& pull, PinAnswer answer, double
     pool_.learn(pull->node, event.waited_s);
     NixlRead read;
     read.node = pull->node;
-    read.deadline = std::min(pull->request->deadline, asked_at + answer.ttl_s);
+    read.deadline = std::min({pull->request->deadline, asked_at + answer.ttl_s, asked_at + pull->enough_s});
     read.from = std::move(answer);
     read.processor = pull->request->processor;
     for (const store::BlockRef& block : pull->blocks) {
@@ -223,7 +237,7 @@ void Lane::on_event(Pull& pull, IoEvent event) {
     settle_blocks(pull, event, &landed);
     if (pull.one_sided) sched_yield();  // we may share a processor with the engine: it goes first
     if (event.final) return on_end(pull, std::move(event), std::move(landed));
-    if (landed.keys.empty()) return;
+    if (landed.keys.empty() && landed.rejected_keys.empty()) return;
     landed.space = pull.request->space;
     landed.node = pull.node;
     events_.push(std::move(landed));
@@ -265,6 +279,7 @@ void Lane::settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed) {
         if (status != kOk && event.token == 0) store_.abort(block);
         if (status != kOk && event.token != 0) store_.park(*block, event.token);
         pull.rejected += status == kRejected;
+        if (status == kRejected) landed->rejected_keys.emplace_back(request.keys[index]);
         pull.missed += status == kMiss;
         std::lock_guard lock(request.mutex);
         request.failed[index] = status == kOk ? kLost : status;
@@ -320,6 +335,7 @@ void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
     landed.missed = pull.missed;
     landed.bytes = event.bytes;
     landed.waited_s = event.waited_s;
+    landed.took_s = now_s() - pull.asked_at;
     landed.detail = std::move(event.detail);
     const bool bad = landed.failed > 0;
     if (bad && pull.told_ahead) {  // the engine must not take these bytes for a later attempt's

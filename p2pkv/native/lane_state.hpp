@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -72,6 +73,8 @@ struct Lane::Pull {
     uint32_t slot = 0;
     int fd = -1;
     double first_byte_s = 0;
+    double asked_at = 0;
+    double enough_s = std::numeric_limits<double>::infinity();  // after so long somebody else should be asked
     bool one_sided = false;  // PIN, then a read by the NIXL process; else GET
     std::vector<uint32_t> indices;  // into the request's keys
     std::vector<store::BlockRef> blocks;

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 
 namespace p2pkv {
 namespace {
@@ -100,6 +101,23 @@ size_t Pool::idle_at(uint64_t node) {
     std::lock_guard lock(mutex_);
     const auto it = peers_.find(node);
     return it == peers_.end() ? 0 : it->second.idle.size();
+}
+
+void Pool::expect(uint64_t node, double first_byte_s, double byte_s) {
+    std::lock_guard lock(mutex_);
+    const auto it = peers_.find(node);
+    if (it == peers_.end()) return;
+    it->second.first_byte_s = first_byte_s;
+    it->second.byte_s = byte_s;
+}
+
+double Pool::cost(uint32_t slot, uint64_t bytes) {
+    std::lock_guard lock(mutex_);
+    const auto node = node_of_slot_.find(slot);
+    if (node == node_of_slot_.end()) return std::numeric_limits<double>::infinity();
+    const Peer& peer = peers_[node->second];
+    if (peer.idle.empty()) return std::numeric_limits<double>::infinity();
+    return peer.first_byte_s + static_cast<double>(bytes) * peer.byte_s;
 }
 
 void Pool::learn(uint64_t node, double waited_s) {

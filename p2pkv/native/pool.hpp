@@ -37,6 +37,11 @@ class Pool {
     size_t idle();
     size_t idle_at(uint64_t node);
 
+    // What is to be expected of a node: learnt by Python from all transfers (p2pkv/transport/estimates.py).
+    void expect(uint64_t node, double first_byte_s, double byte_s);
+    // Seconds until so many bytes of the slot's node are here; infinite where it has no idle connection.
+    double cost(uint32_t slot, uint64_t bytes);
+
     // The node's first byte came after this long (see p2pkv/transport/patience.py for the estimate).
     void learn(uint64_t node, double waited_s);
 
@@ -48,6 +53,7 @@ class Pool {
     struct Peer {
         uint32_t slot = 0;
         double slowest_s = 0;
+        double first_byte_s = 0, byte_s = 0;  // expected; 0: not known
         std::deque<Idle> idle;  // the warmest last
     };
     double first_byte_s(const Peer& peer) const;

@@ -158,6 +158,11 @@ class DramStore:
         self._layouts[namespace] = layout
         return namespace
 
+    def block_bytes(self, namespace: int) -> int:
+        """Of each of a namespace's blocks; 0: it is not registered."""
+        layout = self._layouts.get(namespace)
+        return 0 if layout is None else layout.block_bytes
+
     def layouts(self) -> list[Layout]:
         """The registered layouts, oldest first."""
         return list(self._layouts.values())

@@ -9,7 +9,8 @@ A *pull* moves blocks that a peer holds into slots of the local arena. Contract 
 4. Slots of a pull that ended badly may still be written to if, and only if, the result names them in ``unsafe``; the
    caller parks these until ``cleared(token)`` is called.
 5. The owner's blocks stay under a lease while they are read, and the lease is given back afterwards (or expires).
-6. A pull is never cancelled; it ends by its deadline, or when the transport is stopped.
+6. A pull's task is never cancelled. It ends by its deadline, when the transport is stopped, or soon after it was called
+   off: when that is known to be the end of what it may write, or with the rest named in ``unsafe``.
 7. All methods run on the event loop's thread and never block it for longer than a system call.
 """
 
@@ -71,6 +72,29 @@ OnBlock = Callable[[int, Status, bytes], None]
 """(index into the request, status, xxh3_128). Called once per finished block, on the loop's thread, in any order."""
 
 
+class CallOff:
+    """How whoever asked for a pull ends it early: it is not needed any more, or somebody else would be quicker."""
+
+    __slots__ = ("_ends", "called")
+
+    def __init__(self) -> None:
+        self.called = False
+        self._ends: list[Callable[[], None]] = []
+
+    def on_call(self, end: Callable[[], None]) -> None:
+        """Have ``end`` called when the pull is called off: now, if it has been. It must do no harm after the pull."""
+        if self.called:
+            end()
+        else:
+            self._ends.append(end)
+
+    def __call__(self) -> None:
+        """Call the pull off. Once is enough."""
+        ends, self._ends, self.called = self._ends, [], True
+        for end in ends:
+            end()
+
+
 class PullRequest(NamedTuple):
     """Blocks wanted from one node. ``destinations[i]`` is where ``hashes[i]`` goes, its length what the layout says."""
 
@@ -80,12 +104,14 @@ class PullRequest(NamedTuple):
     destinations: Sequence[Extent]
     deadline_s: float  # from now
     on_block: OnBlock
+    call_off: CallOff
 
 
 class PullResult(NamedTuple):
     """How a pull ended. ``statuses`` has one entry per asked block; ``reason`` is for people and logs.
 
     ``unsafe``: indices whose destination may still be written to, until ``cleared`` is called with ``token``.
+    ``waited_s``: from asking until the first byte came, or the answer without one; 0: none did.
     """
 
     statuses: list[Status]
@@ -93,6 +119,7 @@ class PullResult(NamedTuple):
     reason: str = ""
     unsafe: frozenset[int] = frozenset()
     token: int = 0
+    waited_s: float = 0.0
 
 
 class Transport(Protocol):

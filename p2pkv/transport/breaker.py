@@ -30,7 +30,7 @@ class Fault(enum.Enum):
 
     SILENT = 1  # nothing at all within its time
     FAILED = 3  # refused, closed, broke off
-    WRONG = 2  # bytes that failed their checksum
+    WRONG = 4  # nothing but bytes that failed their checksums
 
 
 class State(enum.Enum):
@@ -110,9 +110,10 @@ class Breakers:
         return True
 
     def heard(self, node: int, at: float) -> None:
-        """The peer was heard from by other means: it is worth a probe, if that was after its breaker opened."""
+        """The peer was heard from by other means: it is worth a probe, if that was after its breaker opened. Once: who
+        is heard but does not answer has another trouble, and keeps to its pauses."""
         breaker = self._breakers.get(node)
-        if breaker is not None and breaker.until is not None and at > breaker.opened:
+        if breaker is not None and breaker.until is not None and breaker.times == 1 and at > breaker.opened:
             breaker.until = min(breaker.until, at)
 
     def forget(self, node: int) -> None:

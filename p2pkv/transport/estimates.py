@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
-from p2pkv.transport.planner import Estimate, Source
+from p2pkv.transport.plan import Estimate, Source
 from p2pkv.types import Tier
 
 SOURCES_MAX: Final = 8_192
@@ -52,25 +52,28 @@ class Kept(NamedTuple):
 class _Known:
     """Of one source. The pace is in seconds per byte: a mean of times is what a plan adds up."""
 
-    __slots__ = ("at", "first_byte_s", "in_flight", "pace", "variance")
+    __slots__ = ("at", "ended", "first_byte_s", "in_flight", "pace", "shared", "transfers", "variance")
 
     def __init__(self, first_byte_s: float, pace: float, at: float) -> None:
         self.first_byte_s = first_byte_s
         self.pace = pace
         self.variance = (STRANGER_SPREAD * pace) ** 2
         self.at = at
-        self.in_flight = 0
+        self.ended = -math.inf  # when the last transfer from it did
+        self.in_flight = 0  # bytes
+        self.transfers = 0
+        self.shared = False  # whether some of them have been side by side
 
 
 class Estimates:
     """One per agent.
 
     Args:
-        stranger: what is expected of a source that nothing is known of: this node's own link, and a first byte that a
-            network of this kind gives.
+        stranger: what is expected of a source that nothing is known of: this node's own link or what the two have in
+            common (same host, same rack), and a first byte that a network of this kind gives.
     """
 
-    def __init__(self, stranger: Estimate) -> None:
+    def __init__(self, stranger: Callable[[Source], Estimate]) -> None:
         self._stranger = stranger
         self._known: OrderedDict[Source, _Known] = OrderedDict()  # the one longest without a transfer first
 
@@ -78,7 +81,7 @@ class Estimates:
         """What is expected of it now."""
         known = self._known.get(source)
         if known is None:
-            return self._stranger
+            return self._stranger(source)
         sure = math.sqrt(known.variance) / known.pace
         stale = min(1.0, max(0.0, now - known.at) / STALE_S)
         return Estimate(
@@ -90,16 +93,35 @@ class Estimates:
 
     def begin(self, source: Source, size: int, now: float) -> None:
         """So many bytes are asked of it. Every call is followed by one of :meth:`end`."""
-        self._of(source, now).in_flight += size
+        known = self._of(source, now)
+        known.in_flight += size
+        known.shared |= known.transfers > 0
+        known.transfers += 1
+
+    def landed(self, source: Source, size: int) -> None:
+        """So many of the bytes that are asked for have come."""
+        known = self._known.get(source)
+        if known is not None:
+            known.in_flight = max(0, known.in_flight - size)
 
     def end(self, source: Source, size: int, moved: Moved | None, now: float) -> None:
-        """They have come, or will not. ``moved``: what the transfer shows of the source's pace; None: nothing."""
+        """The last ``size`` of them have come, or will not. ``moved``: what the whole transfer, that ended now, shows
+        of the source's pace; None: nothing.
+
+        Of transfers side by side each counts from the end of the one before: together they took no longer.
+        """
         known = self._of(source, now)
         known.in_flight = max(0, known.in_flight - size)
+        known.transfers = max(0, known.transfers - 1)
+        shared, known.shared = known.shared, known.shared and known.transfers > 0
         if moved is None or moved.bytes_moved <= 0:
             return
         known.first_byte_s += FIRST_BYTE_WEIGHT * (moved.first_byte_s - known.first_byte_s)
-        pace = max(SECONDS_MIN, moved.seconds - moved.first_byte_s) / moved.bytes_moved
+        seconds = moved.seconds - moved.first_byte_s
+        if shared:
+            seconds = min(seconds, now - known.ended)
+        known.ended = now
+        pace = max(SECONDS_MIN, seconds) / moved.bytes_moved
         pace = min(max(pace, known.pace / SURPRISE_MAX), known.pace * SURPRISE_MAX)
         weight = 1.0 - math.exp(-moved.bytes_moved / WEIGHT_BYTES)
         off = pace - known.pace
@@ -141,7 +163,7 @@ class Estimates:
         known = self._known.get(source)
         if known is None:
             self._make_room()
-            stranger = self._stranger
+            stranger = self._stranger(source)
             known = self._known[source] = _Known(stranger.first_byte_s, 1.0 / stranger.bytes_per_s, now)
         return known
 

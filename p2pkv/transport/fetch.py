@@ -1,9 +1,11 @@
-"""Bring missing blocks into the local store: find holders, pull, publish what is proven, try the next holder.
+"""Bring missing blocks into the local store: find holders, pull from several at once, publish what is proven.
 
+* Who is asked for what, and who takes over from whom, is decided by :mod:`.deal`; this module does it.
 * Single flight: however many callers want a block, it is pulled once; the others get the same bytes.
 * A block's destination is a reserved slot of the local store. It is committed (and so becomes visible here and to
   peers) only when the transport has proven its bytes; otherwise the slot is given back, or quarantined while a
   given-up transfer may still write into it.
+* What is in flight is bounded; requests take turns (:mod:`.admission`).
 * Every block asked for is reported exactly once, by the deadline.
 
 Knows the store only through :class:`Landing`, and the cell only through ``holders``.
@@ -13,27 +15,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from p2pkv.transport.base import PullRequest, PullResult, Transport
-from p2pkv.transport.plan import assign
+from p2pkv.transport.admission import Admission
+from p2pkv.transport.base import CallOff, PullRequest, PullResult, Transport
+from p2pkv.transport.deal import Deal, Piece
+from p2pkv.transport.estimates import Moved
+from p2pkv.transport.peers import Peers
+from p2pkv.transport.plan import Source
 from p2pkv.types import Status
 from p2pkv.wire.fields import Extent
 
 log = logging.getLogger(__name__)
 
-ROUNDS_MAX: Final = 3
-"""Times a block is tried, each time at holders that have not failed before."""
-
-SUSPECTS_MAX: Final = 4_096
-
 LATE_S: Final = 0.05
 """What a transport may take beyond the deadline to clean up before it is called late in the log."""
+
+PIECE_SHARE: Final = 4
+"""A piece takes at most a quarter of what may be in flight, so that requests take turns."""
 
 
 class Place(Protocol):
@@ -51,6 +55,10 @@ P = TypeVar("P", bound=Place)
 class Landing(Protocol[P]):
     """The local store as the fetcher sees it. All calls return at once."""
 
+    def block_bytes(self, namespace: int) -> int:
+        """Of each of a namespace's blocks; 0: the namespace is not known here."""
+        ...
+
     def reserve(self, namespace: int, key: bytes) -> P | Status:
         """A slot to write into; EXISTS when the block is here, BUSY when it is being written, NO_SPACE."""
         ...
@@ -60,17 +68,14 @@ class Landing(Protocol[P]):
     def quarantine(self, place: P, token: tuple[str, int]) -> None: ...
 
 
-HoldersOf = Callable[[int, Sequence[bytes]], Sequence[Sequence[int]]]
-"""(namespace, hashes) -> per hash the ids of live nodes that have it, ourselves excluded; the local index's word."""
+HoldersOf = Callable[[int, Sequence[bytes]], Sequence[Sequence[Source]]]
+"""(namespace, hashes) -> per hash where live peers have it, ourselves excluded; the local index's word."""
 
 PickTransport = Callable[[int], Transport]
 """node -> the transport to pull from it with."""
 
 OnFetched = Callable[[int, Status], None]
 """(index into the asked hashes, OK when the block is in the local store now). Called once per hash."""
-
-
-_SILENT: Final = frozenset({Status.TIMEOUT, Status.UNREACHABLE})
 
 
 class PullCounts(NamedTuple):
@@ -93,6 +98,7 @@ class FetchStats(msgspec.Struct):
     blocks_failed: int = 0
     pulls: int = 0
     pulls_failed: int = 0
+    pulls_taken_over: int = 0
     flights_joined: int = 0
 
 
@@ -100,9 +106,13 @@ class Fetcher(Generic[P]):
     """See the module's docstring. Runs on the event loop's thread.
 
     Args:
-        heard_at: when (on ``clock``) something was last heard from a node, apart from answers to pulls.
+        peers: what is known of every source, and who is not asked now.
         blocks_max: being pulled at once; more are answered BUSY.
+        distrusted: (node, namespace, hash) -> whether the node is not asked for this block.
+        on_rejected: told of (node, namespace, hashes) that came and failed their checksum.
+        in_flight_bytes: on their way at once; what is beyond that waits for its turn.
         watch: whether somebody else (the lane) is pulling this block now; :meth:`landed_elsewhere` follows if so.
+        salt: of this node; see :func:`p2pkv.transport.plan.plan`.
     """
 
     def __init__(
@@ -111,41 +121,32 @@ class Fetcher(Generic[P]):
         landing: Landing[P],
         holders: HoldersOf,
         transport: PickTransport,
-        heard_at: Callable[[int], float],
-        clock: Callable[[], float] = time.monotonic,
+        peers: Peers,
         blocks_max: int = 65_536,
+        in_flight_bytes: int = 1 << 30,
         watch: Callable[[int, bytes], bool] = lambda namespace, key: False,
+        distrusted: Callable[[int, int, bytes], bool] = lambda node, namespace, key: False,
+        on_rejected: Callable[[int, int, list[bytes]], None] = lambda node, namespace, keys: None,
+        salt: int = 0,
     ) -> None:
         self._watch = watch
+        self._distrusted = distrusted
+        self.on_rejected = on_rejected
         self._elsewhere: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
         self._landing = landing
         self._holders = holders
         self._transport = transport
-        self._heard_at = heard_at
-        self._clock = clock
         self._blocks_max = blocks_max
-        self._suspects: dict[int, float] = {}
+        self._salt = salt
         self._flights: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.peers = peers
+        self.admission = Admission(in_flight_bytes)
         self.stats = FetchStats()
-
-    def suspect(self, node: int) -> None:
-        """A node did not answer at all: it is not asked again before it has been heard from."""
-        if len(self._suspects) < SUSPECTS_MAX:
-            self._suspects[node] = self._clock()
-
-    def silent_nodes(self) -> set[int]:
-        """Nodes that are not to be asked now."""
-        if not self._suspects:
-            return set()
-        for node, since in list(self._suspects.items()):
-            if self._heard_at(node) > since:
-                del self._suspects[node]
-        return set(self._suspects)
 
     @property
     def in_flight(self) -> int:
-        """Blocks being pulled."""
+        """Blocks being pulled, or about to be."""
         return len(self._flights)
 
     def landed_elsewhere(self, namespace: int, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
@@ -155,15 +156,19 @@ class Fetcher(Generic[P]):
             if flight is not None and not flight.done():
                 flight.set_result(status)
 
-    def count_elsewhere(self, node: int, counts: PullCounts, *, silent: bool, reason: str) -> None:
+    def count_elsewhere(self, source: Source, counts: PullCounts, moved: Moved, *, silent: bool, reason: str) -> None:
         """Take into account a pull that was made elsewhere. ``silent``: the node did not answer at all."""
         self.stats.pulls += 1
         self.stats.blocks_pulled += counts.pulled
         self.stats.bytes_pulled += counts.bytes_moved
+        self.peers.began(source, 0)
+        self.peers.ended(source, 0, moved)
         if silent:
-            self.suspect(node)
+            self.peers.silent(source.node)
+        elif not counts.failed:
+            self.peers.good(source.node)
         if counts.failed:
-            self.count_failures(node, counts, reason)
+            self.count_failures(source.node, counts, reason)
 
     def count_failures(self, node: int, counts: PullCounts, reason: str) -> None:
         """Count and log a pull that did not give everything."""
@@ -172,6 +177,8 @@ class Fetcher(Generic[P]):
         stats.blocks_failed += counts.failed
         stats.blocks_rejected += counts.rejected
         stats.blocks_missed_at_holder += counts.missed
+        if counts.rejected and not counts.pulled:
+            self.peers.wrong(node)
         if counts.rejected:
             log.warning("%d block(s) from %016x failed their checksum and were discarded", counts.rejected, node)
         elif reason:
@@ -187,18 +194,22 @@ class Fetcher(Generic[P]):
         *,
         excluded: Iterable[int] = (),
         worst: Mapping[int, Status] | None = None,
+        background: bool = False,
     ) -> asyncio.Task[None]:
-        """Begin to fetch blocks that are not here; the task ends when every one has been reported.
+        """Begin to fetch blocks that are not here; the task ends when every one has been reported and nothing that this
+        call began is under way any more.
 
         The task belongs to the fetcher: wait for it, do not cancel it. Others may have joined what it pulls, and a slot
         that bytes are on their way to must not be given back; it has a deadline of its own.
 
-        ``excluded``: nodes that have been asked already. ``worst``: by position, what they did.
+        ``excluded``: nodes that have been asked already. ``worst``: by position, what they did. ``background``: whoever
+        needs blocks now comes first.
         """
         loop = asyncio.get_running_loop()
-        fetch = _Fetch(self, namespace, list(hashes), loop.time() + deadline_s, on_fetched)
-        fetch.failed_nodes.update(excluded)
+        fetch = _Fetch(self, namespace, list(hashes), loop.time() + deadline_s, on_fetched, background)
         fetch.worst.update(worst or {})
+        for node in excluded:
+            fetch.deal.exclude(node)
         task = loop.create_task(fetch.run())
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -215,192 +226,322 @@ class Fetcher(Generic[P]):
             await asyncio.wait(self._tasks)
 
 
+class _Pull(Generic[P]):
+    """A piece that is being pulled, and where its blocks go."""
+
+    __slots__ = ("call_off", "indices", "moved_bytes", "piece", "places", "size")
+
+    def __init__(self, piece: Piece, indices: list[int], places: list[P]) -> None:
+        self.piece = piece
+        self.indices = indices
+        self.places = places
+        self.size = sum(place.length for place in places)
+        self.moved_bytes = 0
+        self.call_off = CallOff()
+
+
 class _Fetch(Generic[P]):
     """One call of :meth:`Fetcher.fetch`."""
 
     def __init__(
-        self, fetcher: Fetcher[P], namespace: int, hashes: list[bytes], deadline: float, on_fetched: OnFetched
+        self,
+        fetcher: Fetcher[P],
+        namespace: int,
+        hashes: list[bytes],
+        deadline: float,
+        on_fetched: OnFetched,
+        background: bool,
     ) -> None:
         self._fetcher = fetcher
         self._namespace = namespace
         self._hashes = hashes
         self._deadline = deadline
         self._on_fetched = on_fetched
+        self._background = background
         first: dict[bytes, int] = {}
         self._twins: dict[int, list[int]] = {}  # a key that is named again gets the answer of its first mention
         for i, key in enumerate(hashes):
             if (twin := first.setdefault(key, i)) != i:
                 self._twins.setdefault(twin, []).append(i)
-        self._left = dict.fromkeys(first.values())  # an ordered set
-        self.failed_nodes: set[int] = set()
-        self.worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
+        self._left = dict.fromkeys(first.values())  # not reported yet; an ordered set
+        self._new = list(self._left)  # to be claimed: nobody is known to be bringing them
+        self._claimed: set[int] = set()  # ours to bring: others wait for us
+        self._awaited: set[int] = set()  # others are bringing them
+        self._pulls: dict[Piece, _Pull[P]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self.worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
+        block_bytes = fetcher._landing.block_bytes(namespace)
+        self.deal = Deal(
+            fetcher.peers.estimate,
+            block_bytes=block_bytes,
+            piece_bytes_max=fetcher.admission.limit_bytes // PIECE_SHARE,
+            salt=fetcher._salt,
+        )
 
     async def run(self) -> None:
         try:
-            for _ in range(ROUNDS_MAX):
-                if not self._left or self._loop.time() >= self._deadline:
-                    return
-                joined = self._join_flights()
-                pulls = self._plan(joined)
-                if not pulls and not joined:
-                    return
-                await self._round(pulls, joined)
+            while self._left and (now := self._loop.time()) < self._deadline:
+                self._news.clear()
+                self._claim()
+                for position in self.deal.hopeless():
+                    self._give_up(position, self.worst.get(position, Status.MISS))
+                if self._ask(now):
+                    for piece in self.deal.late(now):
+                        self._pulls[piece].call_off()
+                if not self._left:
+                    break
+                await self._wait(min(self._deadline, self.deal.wake_at(now)))
         finally:
-            for i in list(self._left):
-                self._report(i, self.worst.get(i, Status.TIMEOUT))
+            self._fetcher.admission.leave(self)
+            flying = {position for piece in self._pulls for position in piece.left}
+            for position in list(self._left):
+                status = self.worst.get(position, Status.TIMEOUT)
+                if position in flying:  # whoever waits for us does so until the slot is free
+                    self._report(position, status)
+                else:
+                    self._give_up(position, status)
+            if self._tasks:  # they end by the deadline, too
+                await asyncio.wait(self._tasks)
+        for task in self._tasks:
+            task.result()
 
-    def _report(self, i: int, status: Status) -> None:
-        if i in self._left:
-            del self._left[i]
-            for mention in (i, *self._twins.get(i, ())):
+    async def _wait(self, until: float) -> None:
+        if self._news.is_set():
+            return
+        timer = None if until == math.inf else self._loop.call_at(until, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    # --- reports
+
+    def _report(self, position: int, status: Status) -> None:
+        if position in self._left:
+            del self._left[position]
+            for mention in (position, *self._twins.get(position, ())):
                 self._on_fetched(mention, status)
 
-    def _join_flights(self) -> dict[int, asyncio.Future[Status]]:
-        flights = self._fetcher._flights
-        joined = {}
-        for i in self._left:
-            flight = flights.get((self._namespace, self._hashes[i]))
+    def _give_up(self, position: int, status: Status) -> None:
+        """Nobody is left to be asked, or there is no time: say so to the caller, and to those who wait for us."""
+        self._let_go(position, status)
+        self._report(position, status)
+
+    def _let_go(self, position: int, status: Status) -> None:
+        """The block is not ours to bring any more."""
+        self.deal.withdraw(position)
+        if position in self._claimed:
+            self._claimed.discard(position)
+            flight = self._fetcher._flights.pop((self._namespace, self._hashes[position]), None)
+            if flight is not None and not flight.done():
+                flight.set_result(status)
+
+    # --- claiming
+
+    def _claim(self) -> None:
+        """Wait for what others are bringing; the rest is ours, and others wait for us."""
+        if not self._new:
+            return
+        fetcher, new = self._fetcher, self._new
+        self._new, mine = [], []
+        for position in new:
+            if position not in self._left:
+                continue
+            name = (self._namespace, self._hashes[position])
+            flight = fetcher._flights.get(name)
             if flight is not None:
-                joined[i] = flight
-        self._fetcher.stats.flights_joined += len(joined)
-        return joined
-
-    def _plan(self, joined: dict[int, asyncio.Future[Status]]) -> list[_Pull[P]]:
-        """Reserve slots for what can be pulled now; reports what cannot."""
-        fetcher = self._fetcher
-        wanted = [i for i in self._left if i not in joined]
-        if not wanted:
-            return []
-        holders = fetcher._holders(self._namespace, [self._hashes[i] for i in wanted])
-        runs, nobody = assign(holders, lambda node: 0.0, self.failed_nodes | fetcher.silent_nodes())
-        for position in nobody:
-            i = wanted[position]
-            self._report(i, self.worst.get(i, Status.MISS))
-        pulls: list[_Pull[P]] = []
-        for node, positions in runs.items():
-            pull: _Pull[P] = _Pull(node)
-            for position in positions:
-                i = wanted[position]
-                self._reserve(i, pull, joined)
-            if pull.indices:
-                pulls.append(pull)
-        return pulls
-
-    def _reserve(self, i: int, pull: _Pull[P], joined: dict[int, asyncio.Future[Status]]) -> None:
-        fetcher = self._fetcher
-        if len(fetcher._flights) >= fetcher._blocks_max:
-            self._report(i, Status.BUSY)
+                self._await(position, flight)
+            elif len(fetcher._flights) >= fetcher._blocks_max:
+                self._report(position, Status.BUSY)
+            else:
+                fetcher._flights[name] = self._loop.create_future()
+                self._claimed.add(position)
+                mine.append(position)
+        if not mine:
             return
-        place = fetcher._landing.reserve(self._namespace, self._hashes[i])
-        watched = place is Status.BUSY and fetcher._watch(self._namespace, self._hashes[i])
-        if place is Status.BUSY and not watched:  # whoever pulls elsewhere may have ended between the two questions
-            place = fetcher._landing.reserve(self._namespace, self._hashes[i])
-        if place is Status.EXISTS:
-            self._report(i, Status.OK)
-        elif watched:
-            name = (self._namespace, self._hashes[i])
-            joined[i] = fetcher._elsewhere.setdefault(name, self._loop.create_future())
-            fetcher.stats.flights_joined += 1
-        elif isinstance(place, Status):
-            self._report(i, place)
-        else:
-            pull.indices.append(i)
-            pull.places.append(place)
-            fetcher._flights[(self._namespace, self._hashes[i])] = self._loop.create_future()
+        holders = fetcher._holders(self._namespace, [self._hashes[position] for position in mine])
+        usable, distrusted = fetcher.peers.usable, fetcher._distrusted
+        for position, sources in zip(mine, holders, strict=True):
+            key = self._hashes[position]
+            self.deal.offer(
+                position,
+                [s for s in sources if usable(s.node) and not distrusted(s.node, self._namespace, key)],
+            )
 
-    async def _round(self, pulls: list[_Pull[P]], joined: dict[int, asyncio.Future[Status]]) -> None:
-        if len(pulls) == 1 and not joined:
-            await self._pull(pulls[0])
-            return
-        waits = [asyncio.ensure_future(self._pull(pull)) for pull in pulls]
-        if joined:
-            waits.append(asyncio.ensure_future(self._await_joined(joined)))
-        await asyncio.wait(waits)
-        for wait in waits:
-            wait.result()
+    def _await(self, position: int, flight: asyncio.Future[Status]) -> None:
+        self._awaited.add(position)
+        self._fetcher.stats.flights_joined += 1
+        flight.add_done_callback(partial(self._on_flight, position))
 
-    async def _await_joined(self, joined: dict[int, asyncio.Future[Status]]) -> None:
-        for i, flight in joined.items():
-            flight.add_done_callback(partial(self._on_joined, i))
-        await asyncio.wait(joined.values(), timeout=max(0.0, self._deadline - self._loop.time()))
-
-    def _on_joined(self, i: int, flight: asyncio.Future[Status]) -> None:
+    def _on_flight(self, position: int, flight: asyncio.Future[Status]) -> None:
+        """What somebody else was bringing is here, or will not come: then it is ours to try."""
+        self._awaited.discard(position)
         if not flight.cancelled() and flight.result() is Status.OK:
-            self._report(i, Status.OK)
+            self._report(position, Status.OK)
+        else:
+            self._new.append(position)
+        self._news.set()
 
-    async def _pull(self, pull: _Pull[P]) -> None:
-        """One transport call; whatever happens, every place of it ends committed, aborted or quarantined."""
+    # --- asking
+
+    def _ask(self, now: float) -> bool:
+        """Ask for all that can be asked for now; whether there was room for it."""
         fetcher = self._fetcher
+        while (piece := self.deal.next(now)) is not None:
+            node = piece.source.node
+            if not fetcher.peers.usable(node):
+                self.deal.not_asked(piece)
+                self.deal.exclude(node)
+                self._news.set()  # some blocks may be hopeless now
+                continue
+            size = len(piece.positions) * max(1, fetcher._landing.block_bytes(self._namespace))
+            if not fetcher.admission.take(self, size, self._news.set, background=self._background):
+                self.deal.not_asked(piece)
+                return False
+            pull = self._reserve(piece)
+            if pull is None:
+                fetcher.admission.give_back(size, background=self._background)
+                continue
+            self.deal.asked(piece)
+            self._pulls[piece] = pull
+            task = self._loop.create_task(self._pull(pull, size))
+            self._tasks.add(task)
+            task.add_done_callback(self._on_pulled)
+        fetcher.admission.leave(self)
+        return True
+
+    def _on_pulled(self, task: asyncio.Task[None]) -> None:
+        if task.exception() is None:
+            self._tasks.discard(task)
+        self._news.set()
+
+    def _reserve(self, piece: Piece) -> _Pull[P] | None:
+        """Slots for the blocks of a piece; those that need none are settled. None: nothing is left of it."""
+        indices: list[int] = []
+        places: list[P] = []
+        for position in piece.positions:
+            place = self._place(position)
+            if isinstance(place, Status):
+                continue
+            indices.append(position)
+            places.append(place)
+        piece.positions = indices
+        piece.left = set(indices)
+        return _Pull(piece, indices, places) if indices else None
+
+    def _place(self, position: int) -> P | Status:
+        fetcher, key = self._fetcher, self._hashes[position]
+        place = fetcher._landing.reserve(self._namespace, key)
+        if place is Status.BUSY:
+            if fetcher._watch(self._namespace, key):
+                name = (self._namespace, key)
+                elsewhere = fetcher._elsewhere.get(name)
+                if elsewhere is None:
+                    elsewhere = fetcher._elsewhere[name] = self._loop.create_future()
+                self._let_go(position, Status.LOST)  # who waits for us finds out by itself
+                self._await(position, elsewhere)
+                return place
+            place = fetcher._landing.reserve(self._namespace, key)  # it may have ended between the two questions
+        if isinstance(place, Status):
+            self._give_up(position, Status.OK if place is Status.EXISTS else place)
+        return place
+
+    async def _pull(self, pull: _Pull[P], admitted: int) -> None:
+        """One transport call; whatever happens, every place of it ends committed, aborted or quarantined."""
+        fetcher, piece = self._fetcher, pull.piece
+        peers, landing = fetcher.peers, fetcher._landing
         open_places = dict(enumerate(pull.places))
 
-        def on_block(position: int, status: Status, checksum: bytes) -> None:
-            if status is not Status.OK or position not in open_places:
+        def on_block(i: int, status: Status, checksum: bytes) -> None:
+            if status is not Status.OK or i not in open_places:
                 return
-            fetcher._landing.commit(open_places.pop(position), checksum)
+            place = open_places.pop(i)
+            landing.commit(place, checksum)
             fetcher.stats.blocks_pulled += 1
-            fetcher.stats.bytes_pulled += pull.places[position].length
-            self._land(pull.indices[position], Status.OK)
+            fetcher.stats.bytes_pulled += place.length
+            pull.moved_bytes += place.length
+            peers.landed(piece.source, place.length)
+            position = pull.indices[i]
+            self.deal.landed(piece, position, self._loop.time())
+            self._let_go(position, Status.OK)
+            self._report(position, Status.OK)
 
         fetcher.stats.pulls += 1
+        peers.began(piece.source, pull.size)
         result: PullResult | None = None
-        transport = fetcher._transport(pull.node)
+        transport = fetcher._transport(piece.source.node)
         started = self._loop.time()
         try:
             result = await transport.pull(
                 PullRequest(
-                    node=pull.node,
+                    node=piece.source.node,
                     namespace=self._namespace,
-                    hashes=[self._hashes[i] for i in pull.indices],
+                    hashes=[self._hashes[position] for position in pull.indices],
                     destinations=[Extent(place.offset, place.length) for place in pull.places],
                     deadline_s=max(0.001, self._deadline - started),
                     on_block=on_block,
+                    call_off=pull.call_off,
                 )
             )
         finally:
-            for position, place in open_places.items():
-                if result is not None and position in result.unsafe:
-                    fetcher._landing.quarantine(place, (transport.name, result.token))
+            for i, place in open_places.items():
+                if result is not None and i in result.unsafe:
+                    landing.quarantine(place, (transport.name, result.token))
                 else:
-                    fetcher._landing.abort(place)
-            for position in open_places:
-                status = result.statuses[position] if result is not None else Status.LOST
-                self._land(pull.indices[position], status)
+                    landing.abort(place)
+            fetcher.admission.give_back(admitted, background=self._background)
+            self._settle(pull, result, sorted(open_places), self._loop.time() - started)
         if self._loop.time() > self._deadline + LATE_S:
-            log.warning("a pull over %s from %016x overran its deadline", transport.name, pull.node)
-        self._judge(pull, result)
+            log.warning("a pull over %s from %016x overran its deadline", transport.name, piece.source.node)
 
-    def _judge(self, pull: _Pull[P], result: PullResult) -> None:
-        """Count how it went; a node that did not give everything is not asked again by this fetch."""
-        bad = [status for status in result.statuses if status is not Status.OK]
-        if not bad:
+    def _settle(self, pull: _Pull[P], result: PullResult | None, missing: list[int], took_s: float) -> None:
+        """Take into account how a pull ended, and have others asked for what it did not bring."""
+        piece, peers, now = pull.piece, self._fetcher.peers, self._loop.time()
+        node = piece.source.node
+        in_time = now < self._deadline  # that the caller's own deadline was too short says nothing about the node
+        statuses = [result.statuses[i] if result is not None else Status.LOST for i in missing]
+        for i, status in zip(missing, statuses, strict=True):
+            position = pull.indices[i]
+            self.worst[position] = status
+            if pull.call_off.called:
+                self.deal.called_off(piece, position)
+            elif status is Status.BUSY:
+                self.deal.busy(piece, position, now)
+            else:
+                self.deal.failed(piece, position)
+            if position not in self._left:
+                self._let_go(position, status)
+        self.deal.ended(piece)
+        del self._pulls[piece]
+        waited_s = result.waited_s if result is not None else 0.0
+        lost_bytes = pull.size - pull.moved_bytes
+        moved = Moved(waited_s, took_s, pull.moved_bytes)
+        if pull.call_off.called:
+            self._fetcher.stats.pulls_taken_over += 1
+            if not pull.moved_bytes:  # it was slower than one block in all this time
+                moved = Moved(0.0, took_s, pull.places[0].length // 2)
+            peers.ended(piece.source, lost_bytes, moved)
             return
-        self.failed_nodes.add(pull.node)
-        # That the caller's own deadline was too short says nothing about the node.
-        in_time = self._loop.time() < self._deadline
-        if in_time and not result.bytes_moved and any(status in _SILENT for status in bad):
-            self._fetcher.suspect(pull.node)
-        rejected = sum(status is Status.REJECTED for status in bad)
-        missed = sum(status is Status.MISS for status in bad)
-        good = len(result.statuses) - len(bad)
-        self._fetcher.count_failures(pull.node, PullCounts(good, 0, len(bad), rejected, missed), result.reason)
-
-    def _land(self, i: int, status: Status) -> None:
-        flight = self._fetcher._flights.pop((self._namespace, self._hashes[i]), None)
-        if flight is not None and not flight.done():
-            flight.set_result(status)
-        if status is Status.OK:
-            self._report(i, status)
-        else:
-            self.worst[i] = status
+        peers.ended(piece.source, lost_bytes, moved)
+        if not missing:
+            peers.good(node)
+            return
+        if any(status in _BROKEN for status in statuses):
+            self.deal.exclude(node)
+        if in_time and not pull.moved_bytes and Status.TIMEOUT in statuses:
+            peers.silent(node)
+        elif in_time and Status.UNREACHABLE in statuses:
+            peers.failed(node)
+        rejected = statuses.count(Status.REJECTED)
+        if rejected:
+            spoilt = [pull.indices[i] for i, status in zip(missing, statuses, strict=True) if status is Status.REJECTED]
+            self._fetcher.on_rejected(node, self._namespace, [self._hashes[position] for position in spoilt])
+        counts = PullCounts(len(pull.indices) - len(missing), 0, len(missing), rejected, statuses.count(Status.MISS))
+        self._fetcher.count_failures(node, counts, result.reason if result is not None else "")
 
 
-class _Pull(Generic[P]):
-    """Blocks to be pulled from one node, and where they go."""
-
-    __slots__ = ("indices", "node", "places")
-
-    def __init__(self, node: int) -> None:
-        self.node = node
-        self.indices: list[int] = []
-        self.places: list[P] = []
+_BROKEN: Final = frozenset({Status.TIMEOUT, Status.UNREACHABLE, Status.LOST})
+"""After one of these a node is not asked again by the same fetch."""

@@ -11,10 +11,12 @@ import enum
 import itertools
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
 from p2pkv import _native
 from p2pkv.errors import Busy
+from p2pkv.transport.base import CallOff
 from p2pkv.types import CHECKSUM_BYTES
 
 TRANSFERS_MAX: Final = 4_096
@@ -126,9 +128,11 @@ class Movers:
         first_byte_s: float,
         stall_s: float,
         on_blocks: OnBlocks,
+        call_off: CallOff | None = None,
     ) -> Moved:
         """Send ``request``, receive GOT into (address, length) blocks. See ``native/transfer.hpp``.
 
+        ``call_off``: ends it as cancelled, once the I/O thread has let go of memory and socket.
         Cancelling the caller cancels the transfer and still waits until the I/O thread has let go of memory and socket.
 
         Raises:
@@ -142,6 +146,8 @@ class Movers:
         ):
             del self._transfers[job]
             raise Busy("too many transfers at once", limit=TRANSFERS_MAX)
+        if call_off is not None:
+            call_off.on_call(partial(self._receiver.cancel, job))
         return await self._settle(self._receiver, job, future)
 
     @property

@@ -191,23 +191,29 @@ class NixlTransport:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + request.deadline_s
         statuses = [Status.MISS] * len(request.hashes)
+        began = loop.time()
         try:
             owner, pinned = await self._pin(request, deadline)
         except P2PKVError as error:
             status = Status.TIMEOUT if isinstance(error, DeadlineExceeded) else Status.UNREACHABLE
             status = Status.BUSY if isinstance(error, Busy) else status
             return PullResult([status] * len(request.hashes), 0, str(error))
+        waited_s = loop.time() - began
         if owner.inline:
             self._on_inline(request.node)
         if not pinned.lease:
-            return PullResult(statuses, 0)
+            return PullResult(statuses, 0, waited_s=waited_s)
         landing = _Landing(request, pinned, self._arena.base_address, statuses)
         if not landing.runs:
             self._release(request.node, pinned.lease)
             return PullResult(statuses, 0, "the peer's blocks are not as long as the layout says")
         try:
             outcome = await self.process.read(
-                owner.name, landing.runs, max(0.001, deadline - loop.time()), landing.on_progress
+                owner.name,
+                landing.runs,
+                max(0.001, deadline - loop.time()),
+                landing.on_progress,
+                request.call_off,
             )
             landing.on_progress(outcome.done_bytes)
         except Busy as error:
@@ -218,10 +224,10 @@ class NixlTransport:
         self.stats.reads += 1
         self.stats.bytes_read += outcome.done_bytes
         if outcome.error is None:
-            return PullResult(statuses, outcome.done_bytes)
+            return PullResult(statuses, outcome.done_bytes, waited_s=waited_s)
         landing.fail(Status.TIMEOUT if isinstance(outcome.error, DeadlineExceeded) else Status.UNREACHABLE)
         unsafe = landing.touched_by(outcome.open)
-        return PullResult(statuses, outcome.done_bytes, str(outcome.error), unsafe, outcome.read_id)
+        return PullResult(statuses, outcome.done_bytes, str(outcome.error), unsafe, outcome.read_id, waited_s)
 
     async def _pin(self, request: PullRequest, deadline: float) -> tuple[_Owner, Pinned]:
         """A lease, and a connection to the very NIXL process that it names; once more if that has been replaced."""

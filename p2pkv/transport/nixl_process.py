@@ -35,6 +35,7 @@ from p2pkv.errors import (
     TransportUnavailable,
 )
 from p2pkv.transport import nixl_wire as wire
+from p2pkv.transport.base import CallOff
 from p2pkv.transport.nixl_child import Child, spawn
 from p2pkv.transport.nixl_native import NativeReads
 from p2pkv.transport.nixl_quarantine import Quarantine
@@ -273,9 +274,16 @@ class NixlProcess:
             self._child.send(wire.RemovePeer(name))
 
     async def read(
-        self, peer: str, runs: Sequence[Run], deadline_s: float, on_progress: Callable[[int], None] | None = None
+        self,
+        peer: str,
+        runs: Sequence[Run],
+        deadline_s: float,
+        on_progress: Callable[[int], None] | None = None,
+        call_off: CallOff | None = None,
     ) -> ReadOutcome:
         """Read runs of a peer's arena into the own one.
+
+        ``call_off`` ends the read early; what may still be written then is in the outcome, as at the deadline.
 
         ``on_progress(done_bytes)``: so many bytes, counted along ``runs``, have landed and are stable. Not called for
         the last ones: then the outcome comes. Cancelling the caller cancels the read; its bytes go into quarantine.
@@ -301,6 +309,8 @@ class NixlProcess:
         self._pending[read_id] = pending
         self._watch(pending.due)
         self._undelivered.add(read_id)
+        if call_off is not None:
+            call_off.on_call(lambda: child.send(wire.Cancel(), read_id) if read_id in self._pending else None)
         try:
             return await pending.future
         except asyncio.CancelledError:

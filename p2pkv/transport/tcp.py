@@ -15,11 +15,11 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from p2pkv import _native
 from p2pkv.errors import Busy, P2PKVError, PeerUnavailable, RemoteProtocolError
-from p2pkv.transport.base import ArenaMemory, PullRequest, PullResult
+from p2pkv.transport.base import ArenaMemory, CallOff, PullRequest, PullResult
 from p2pkv.transport.movers import Code, Moved, Movers, OnBlocks
 from p2pkv.transport.patience import Patience
 from p2pkv.types import Status
@@ -124,14 +124,15 @@ class TcpTransport:
             )
         return PullResult(
             statuses,
-            sum(moved for moved, _ in ends),
-            "; ".join(sorted({reason for _, reason in ends if reason})),
+            sum(end.bytes_moved for end in ends),
+            "; ".join(sorted({end.reason for end in ends if end.reason})),
+            waited_s=min((end.waited_s for end in ends if end.waited_s), default=0.0),
         )
 
     async def _pull_run(
         self, request: PullRequest, first: int, last: int, deadline: float, statuses: list[Status]
-    ) -> tuple[int, str]:
-        """Pull ``request.hashes[first:last]`` over one connection; returns (bytes, why it ended badly or "")."""
+    ) -> _End:
+        """Pull ``request.hashes[first:last]`` over one connection."""
         loop = asyncio.get_running_loop()
         base = self._arena.base_address
         blocks = [(base + extent.offset, extent.length) for extent in request.destinations[first:last]]
@@ -155,8 +156,8 @@ class TcpTransport:
                 if sock is None:
                     # A holder that stands still must not use up the time in which another one could be asked.
                     dial_s = max(0.001, min(deadline - loop.time(), self._stall_s))
-                    sock = await self._dial(request.node, dial_s)
-                moved = await self._exchange(request.node, sock, get, blocks, deadline - loop.time(), on_blocks)
+                    sock = await self._dial(request.node, dial_s, request.call_off)
+                moved = await self._exchange(request, sock, get, blocks, deadline - loop.time(), on_blocks)
             except Busy as error:
                 moved = Moved(Code.REFUSED, 0, CODEC.encode(PeerError("busy", str(error)))[HEADER.size :])
             except (P2PKVError, OSError, TimeoutError) as error:
@@ -165,16 +166,18 @@ class TcpTransport:
             if not (pooled and moved.code is Code.CLOSED and reported == first):
                 break
         if moved.code is Code.OK:
-            return moved.bytes_moved, ""
+            return _End(moved.bytes_moved, "", moved.waited_s)
         statuses[reported:last] = [_STATUS_OF_CODE[moved.code]] * (last - reported)
-        return moved.bytes_moved, _describe(moved)
+        return _End(moved.bytes_moved, _describe(moved), moved.waited_s)
 
-    async def _dial(self, node: int, deadline_s: float) -> socket.socket:
-        """A fresh data connection, or what keeps us from one; ended early by :meth:`stop`."""
+    async def _dial(self, node: int, deadline_s: float, call_off: CallOff | None = None) -> socket.socket:
+        """A fresh data connection, or what keeps us from one; ended early by :meth:`stop`, or when it is called off."""
         if self._stopped:
             raise PeerUnavailable("the transport is stopping")
         async with asyncio.timeout(deadline_s + 1.0) as limit:
             self._dialing.add(limit)
+            if call_off is not None:
+                call_off.on_call(lambda: limit.reschedule(0.0) if limit in self._dialing else None)
             try:
                 return await self._open_data(node, deadline_s)
             finally:
@@ -182,14 +185,14 @@ class TcpTransport:
 
     async def _exchange(
         self,
-        node: int,
+        request: PullRequest,
         sock: socket.socket,
         get: bytes,
         blocks: list[tuple[int, int]],
         left_s: float,
         on_blocks: OnBlocks,
     ) -> Moved:
-        reusable = False
+        node, reusable = request.node, False
         try:
             moved = await self._movers.receive(
                 sock,
@@ -199,6 +202,7 @@ class TcpTransport:
                 first_byte_s=self._patience.of(node),
                 stall_s=self._stall_s,
                 on_blocks=on_blocks,
+                call_off=request.call_off,
             )
             self._patience.learn(node, moved.waited_s)
             reusable = moved.code is Code.OK
@@ -260,6 +264,14 @@ class TcpTransport:
 
 
 _STATUSES: Final = frozenset(Status)
+
+
+class _End(NamedTuple):
+    """Of one stream of a pull. ``reason``: why it ended badly, or ""."""
+
+    bytes_moved: int
+    reason: str
+    waited_s: float
 
 
 def split(lengths: Sequence[int], part_bytes: int, parts_max: int) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from p2pkv.types import Layout
 from p2pkv.wire.codec import Codec, Unpacker
-from p2pkv.wire.fields import U16, U32, U64, Extent, FieldNames, Hashes, Name, Text
+from p2pkv.wire.fields import U16, U32, U64, BlockHash, Extent, FieldNames, Hashes, Name, Text
 from p2pkv.wire.limits import KEYS_MAX
 
 LAYOUTS_MAX: Final = 1_024
@@ -42,6 +42,8 @@ class PeerType(enum.IntEnum):
     GOT = 13
     NIXL_CONNECT = 14
     NIXL_ENDPOINT = 15
+    SUSPECT = 16
+    SUSPECTED = 17
     ERROR = 31
 
 
@@ -72,6 +74,11 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     layouts: Annotated[list[Layout], Meta(max_length=LAYOUTS_MAX)]
     transports: Annotated[list[Name], Meta(max_length=8)]
     instance: U64 = 0  # drawn at random at every start: tells a node from a second one that took its id and epoch
+    features: Annotated[list[Name], Meta(max_length=32)] = []  # what it understands beyond its protocol version
+
+
+SUSPECTS_MAX: Final = 64
+"""Blocks of one SUSPECT: each is read once by the owner to look at it."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
@@ -155,6 +162,21 @@ class NixlEndpointReply(msgspec.Struct, frozen=True, array_like=True):
     endpoint: NixlEndpoint | None
 
 
+class Suspect(msgspec.Struct, frozen=True, array_like=True):
+    """What the owner sent for these blocks failed their checksums. Whether it keeps them right is for it to find out.
+
+    Only to owners that understand it (``Card.features``)."""
+
+    namespace: U64
+    hashes: Annotated[list[BlockHash], Meta(min_length=1, max_length=SUSPECTS_MAX)]
+
+
+class Suspected(msgspec.Struct, frozen=True, array_like=True):
+    """Answer to SUSPECT, a status per hash: OK: the block is good here; MISS: it is not here, or not any more."""
+
+    statuses: Annotated[bytes, Meta(max_length=SUSPECTS_MAX)]
+
+
 class PeerError(msgspec.Struct, frozen=True, array_like=True):
     """Why a request (its id) or the connection (id 0) was refused.
 
@@ -179,6 +201,8 @@ CODEC: Final = Codec(
         PeerType.GET: Get,
         PeerType.NIXL_CONNECT: NixlConnect,
         PeerType.NIXL_ENDPOINT: NixlEndpointReply,
+        PeerType.SUSPECT: Suspect,
+        PeerType.SUSPECTED: Suspected,
         PeerType.ERROR: PeerError,
     }
 )

@@ -34,6 +34,7 @@ READS = int(os.environ.get("P2PKV_TEST_READS", "100000"))
 """Blocks pulled from the peer, over both transports together; the issue's full figure is a million."""
 BATCH = 48
 HELD_UP = 256
+WARM = 128
 MUTANT = str(Path(__file__).with_name("mutant_agent.py"))
 
 
@@ -75,7 +76,7 @@ def read_while_every_slot_is_reused(
     def program(mutations: str) -> list[str] | None:
         return [MUTANT, mutations] if mutations else None
 
-    patient = {"transport.stall_ms": 20_000, "transport.streams": 1}
+    patient = {"transport.stall_ms": 20_000, "transport.streams": 1, "transport.in_flight": "64MiB"}
     with Proxy() as proxy:
         advertised = {"peer.advertise": proxy.address} if kind == "tcp" else {}
         [owner] = cluster.start(
@@ -87,11 +88,10 @@ def read_while_every_slot_is_reused(
         )
         cluster.connected()
         writer, cache = owner.open(LAYOUT), reader.open(LAYOUT)
-        if kind == "nixl":  # connect the two NIXL processes, so that the next read is nothing but a read
-            warm = new_keys(1)
-            assert writer.put(warm, blocks_of(warm, BLOCK)) == [True]
-            visible(cache, warm)
-            assert cache.get_into(warm, [bytearray(BLOCK)], deadline_ms=10_000) == [True]
+        warm = new_keys(WARM)  # the two are connected and know each other: the next read is nothing but one read
+        assert all(writer.put(warm, blocks_of(warm, BLOCK)))
+        visible(cache, warm)
+        assert all(cache.get_into(warm, [bytearray(BLOCK) for _ in warm], deadline_ms=10_000))
         keys = new_keys(HELD_UP)
         assert all(writer.put(keys, blocks_of(keys, BLOCK)))
         visible(cache, keys)

@@ -23,7 +23,7 @@ from p2pkv.index.prefix import PrefixIndex
 from p2pkv.store.arena import Arena
 from p2pkv.store.base import LeaseLimits, Reservation
 from p2pkv.store.dram import DramStore
-from p2pkv.transport.base import Held, HeldBlock, NullTransport, PullRequest, PullResult, Transport
+from p2pkv.transport.base import CallOff, Held, HeldBlock, NullTransport, PullRequest, PullResult, Transport
 from p2pkv.transport.movers import Movers
 from p2pkv.transport.nixl import NixlTransport
 from p2pkv.transport.nixl_process import NixlOptions
@@ -210,7 +210,14 @@ class Node:
         return bytes(self.arena.view(place.offset, place.length))
 
     async def pull(
-        self, owner: int, layout: Layout, keys: Sequence[bytes], *, deadline_s: float = 20.0, length: int | None = None
+        self,
+        owner: int,
+        layout: Layout,
+        keys: Sequence[bytes],
+        *,
+        deadline_s: float = 20.0,
+        length: int | None = None,
+        call_off: CallOff | None = None,
     ) -> Pulled:
         """Pull into fresh slots of which every byte is 0xEE. ``length`` asks for another block size than the layout's.
 
@@ -232,6 +239,7 @@ class Node:
                 [Extent(place.offset, place.length) for place in places],
                 deadline_s,
                 lambda *report: reports.append(report),
+                call_off or CallOff(),
             )
         )
         return Pulled(result, reports, places, loop.time() - started)

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from p2pkv import _native
+from p2pkv.transport.base import CallOff
 from p2pkv.types import Status
 from tests.cluster.agents import AgentProcess, Cluster, make_layout
 from tests.cluster.blocks import block_of, blocks_of, new_keys
@@ -29,6 +30,7 @@ TCP = "tcp"
 NIXL = pytest.param("nixl", marks=NIXL_MARKS)
 NIXL_TCP = pytest.param("nixl-tcp", marks=NIXL_MARKS)
 SLACK_S = 0.5
+STALL_S = 0.4
 MIB = make_layout(1 << 20)
 COUNT = 40
 ATTEMPTS = 6
@@ -51,8 +53,9 @@ class Scene:
     def __init__(self, kind: str, cluster: Cluster) -> None:
         self.kind = kind
         self.cluster = cluster
-        self.reader = Node(kind, stall_s=0.3)
+        self.reader = Node(kind, stall_s=STALL_S)
         self.keys = new_keys(COUNT)
+        self.call_off = CallOff()
 
     async def set_up(self) -> None:
         await self.reader.start()
@@ -72,7 +75,8 @@ class Scene:
         return int(self.owner.node, 16)
 
     async def pull(self, deadline_s: float = 20.0, count: int = COUNT) -> Pulled:
-        return await self.reader.pull(self.node, MIB, self.keys[:count], deadline_s=deadline_s)
+        keys = self.keys[:count]
+        return await self.reader.pull(self.node, MIB, keys, deadline_s=deadline_s, call_off=self.call_off)
 
     def right(self, pulled: Pulled) -> list[int]:
         """Indices that are OK; their bytes are looked at."""
@@ -88,6 +92,7 @@ class Scene:
         """A pull during which, after its first block and before its last, ``interrupt()`` was called."""
         for _ in range(ATTEMPTS):
             reports: list[int] = []
+            self.call_off = CallOff()
             task = asyncio.create_task(self._pull_into(reports, deadline_s))
             await until(lambda r=reports, t=task: r or t.done())  # type: ignore[misc]
             interrupt()  # type: ignore[operator]
@@ -184,6 +189,37 @@ async def test_an_owner_that_stops_in_mid_read_and_goes_on_later_writes_into_not
     again = await scene.pull()  # what was still on its way has come before the last byte of this
     assert len(scene.right(again)) == COUNT, again.result.reason
     assert [i for i, place in enumerate(pulled.places) if reader.bytes_at(place) != mark] == []
+
+
+@pytest.mark.parametrize("scene", [TCP, NIXL_TCP], indirect=True)
+async def test_a_pull_that_is_called_off_ends_soon_and_its_slots_are_safe_or_named(scene: Scene) -> None:
+    """The owner stands still: nothing but the calling off ends the pull before its stall time is over."""
+    reader, loop = scene.reader, asyncio.get_running_loop()
+    called_at = 0.0
+
+    def stop_and_call_off() -> None:
+        nonlocal called_at
+        scene.owner.stop_tree()
+        called_at = loop.time()
+        scene.call_off()
+
+    pulled = await scene.interrupted(stop_and_call_off, 20.0)
+    assert loop.time() - called_at < STALL_S * 0.75
+    unsafe = pulled.result.unsafe
+    assert not unsafe & set(scene.right(pulled))
+    mark = b"\x77" * MIB.block_bytes
+    for i, place in enumerate(pulled.places):
+        if i not in unsafe:
+            reader.arena.view(place.offset, place.length)[:] = mark
+    scene.owner.continue_tree()
+    if unsafe:
+        await until(lambda: pulled.result.token in reader.cleared, 30.0)
+    await until(lambda: (peer := reader.network.peer(scene.node)) is not None and peer.alive, 15.0)
+    scene.call_off = CallOff()
+    again = await scene.pull()
+    assert len(scene.right(again)) == COUNT, again.result.reason
+    safe = [place for i, place in enumerate(pulled.places) if i not in unsafe]
+    assert all(reader.bytes_at(place) == mark for place in safe)
 
 
 @pytest.mark.parametrize("scene", [NIXL_TCP], indirect=True)

@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 
 from p2pkv.transport import estimates as module
 from p2pkv.transport.estimates import STALE_S, STRANGER_SPREAD, Estimates, Kept, Moved
-from p2pkv.transport.planner import Estimate, Source
+from p2pkv.transport.plan import Estimate, Source
 from p2pkv.types import Tier
 
 MIB = 1 << 20
 STRANGER = Estimate(0.001, 1e9, spread=STRANGER_SPREAD)
 A = Source(1, Tier.DRAM)
+
+
+def stranger(source: Source) -> Estimate:
+    return STRANGER
 
 
 def pull(
@@ -27,11 +31,11 @@ def pull(
 
 
 def test_a_stranger_is_what_the_agent_was_told_of_strangers() -> None:
-    assert Estimates(STRANGER).of(A, 0.0) == STRANGER
+    assert Estimates(stranger).of(A, 0.0) == STRANGER
 
 
 def test_transfers_teach_the_pace_and_the_first_byte() -> None:
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     for _ in range(50):
         pull(known, A, 4 * MIB, 2e8, 1.0)
     found = known.of(A, 1.0)
@@ -41,7 +45,7 @@ def test_transfers_teach_the_pace_and_the_first_byte() -> None:
 
 
 def test_one_small_transfer_changes_little() -> None:
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     pull(known, A, 64 << 10, 1e6, 0.0)
     assert known.of(A, 0.0).bytes_per_s > 2e8
     pull(known, A, 64 * MIB, 1e8, 0.0)
@@ -49,7 +53,7 @@ def test_one_small_transfer_changes_little() -> None:
 
 
 def test_a_source_that_becomes_a_hundred_times_slower_is_known_after_two_transfers() -> None:
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     for _ in range(3):
         pull(known, A, 16 * MIB, 1e9, 0.0)
     pull(known, A, 16 * MIB, 1e7, 0.0)
@@ -59,7 +63,7 @@ def test_a_source_that_becomes_a_hundred_times_slower_is_known_after_two_transfe
 
 def test_a_source_whose_pace_varies_is_unsure() -> None:
     rng = random.Random(2)
-    steady, unsteady = Estimates(STRANGER), Estimates(STRANGER)
+    steady, unsteady = Estimates(stranger), Estimates(stranger)
     for _ in range(100):
         pull(steady, A, MIB, 5e8, 0.0)
         pull(unsteady, A, MIB, 5e8 * 10 ** rng.uniform(-0.7, 0.7), 0.0)
@@ -67,7 +71,7 @@ def test_a_source_whose_pace_varies_is_unsure() -> None:
 
 
 def test_what_is_asked_of_it_makes_it_busy_until_it_has_ended() -> None:
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     known.begin(A, 100 * MIB, 0.0)
     known.begin(A, 100 * MIB, 0.0)
     assert known.of(A, 0.0).busy_s == pytest.approx(200 * MIB / 1e9)
@@ -78,7 +82,7 @@ def test_what_is_asked_of_it_makes_it_busy_until_it_has_ended() -> None:
 
 
 def test_an_old_opinion_is_less_sure() -> None:
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     for _ in range(50):
         pull(known, A, 4 * MIB, 2e8, 0.0)
     spreads = [known.of(A, age).spread for age in (0.0, STALE_S / 2, STALE_S, 10 * STALE_S)]
@@ -87,10 +91,10 @@ def test_an_old_opinion_is_less_sure() -> None:
 
 
 def test_it_survives_a_restart() -> None:
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     for node in range(1, 20):
         pull(known, Source(node, Tier.DRAM), 16 * MIB, 1e7 * node, 100.0)
-    again = Estimates(STRANGER)
+    again = Estimates(stranger)
     assert again.restore(known.kept(130.0), 5.0) == 19
     for node in range(1, 20):
         source = Source(node, Tier.DRAM)
@@ -101,7 +105,7 @@ def test_it_survives_a_restart() -> None:
 def test_whatever_was_written_down_nothing_impossible_is_believed(
     rows: list[tuple[int, int, float, float, float, float]],
 ) -> None:
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     known.restore([Kept(*row) for row in rows], 0.0)
     for node in range(1, 10):
         for tier in Tier:
@@ -112,7 +116,7 @@ def test_whatever_was_written_down_nothing_impossible_is_believed(
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 27), st.floats(0, 100), st.floats(0, 100)), max_size=30))
 def test_whatever_transfers_show_the_estimate_stays_one(shown: list[tuple[int, float, float]]) -> None:
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     for size, first_byte_s, seconds in shown:
         known.begin(A, size, 0.0)
         known.end(A, size, Moved(first_byte_s, seconds, size), 0.0)
@@ -122,7 +126,7 @@ def test_whatever_transfers_show_the_estimate_stays_one(shown: list[tuple[int, f
 
 def test_sources_are_bounded_and_those_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SOURCES_MAX", 4)
-    known = Estimates(STRANGER)
+    known = Estimates(stranger)
     known.begin(A, MIB, 0.0)
     for node in range(2, 20):
         pull(known, Source(node, Tier.DRAM), MIB, 1e8, float(node))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pkv.transport.planner import SOURCES_MAX, Estimate, Limit, Plan, Source, plan
+from p2pkv.transport.plan import ASK_S, SOURCES_MAX, Estimate, Limit, Plan, Source, plan
 from p2pkv.types import Tier
 
 MIB = 1 << 20
@@ -135,12 +135,12 @@ def test_what_a_plan_says_follows_from_its_runs(
     found = planned(sources, paces, deadline_s, prefill_block_s=block_s)
     dealt = sorted(position for run in found.runs for position in run.positions)
     assert dealt == list(range(found.stop))
-    for run in found.runs:
+    for i, run in enumerate(found.runs):
         assert run.positions == sorted(run.positions)
         assert all(run.source in sources[position] for position in run.positions)
         pace = paces[run.source]
         ends_s = pace.busy_s + pace.first_byte_s + len(run.positions) * MIB / pace.bytes_per_s
-        assert run.ends_s == pytest.approx(ends_s)
+        assert run.ends_s == pytest.approx(ends_s + (ASK_S if i else 0.0))
     assert found.pull_s == pytest.approx(max((run.ends_s for run in found.runs), default=0.0))
     assert found.pull_s <= deadline_s
     assert found.pull_s + found.rest_s <= found.without_s + 1e-9, "never slower than computing it all"

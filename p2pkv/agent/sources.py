@@ -1,0 +1,110 @@
+"""Peers as sources, on this host: what a stranger is worth, and trying out again those that are not asked.
+
+A peer whose circuit breaker is open gets a tiny request of ours now and then, when its pause is over or its heartbeat
+is heard again; whoever needs a block is never the probe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Final
+
+from p2pkv.agent import topology
+from p2pkv.agent.transports import Transports
+from p2pkv.gossip.driver import PeerNetwork
+from p2pkv.transport.base import CallOff, PullRequest
+from p2pkv.transport.estimates import STRANGER_SPREAD
+from p2pkv.transport.peers import Peers
+from p2pkv.transport.plan import Estimate, Source
+from p2pkv.types import Status
+from p2pkv.wire.fields import Extent
+
+log = logging.getLogger(__name__)
+
+SAME_HOST_BYTES_PER_S: Final = 3e9
+"""Loopback TCP, or a one-sided read, of one processor."""
+UNKNOWN_LINK_BYTES_PER_S: Final = 1.25e9
+"""10 Gb/s, where the host does not say."""
+SAME_HOST_FIRST_BYTE_S: Final = 0.0003
+ELSEWHERE_FIRST_BYTE_S: Final = 0.001
+LOOK_S: Final = 0.1
+"""How often it is looked whether a peer is worth a probe; only while one is not asked."""
+PROBE_S: Final = 0.5
+
+
+class Sources:
+    """See the module's docstring. On the event loop."""
+
+    def __init__(self, network: PeerNetwork, transports: Transports, host: str) -> None:
+        self._network = network
+        self._transports = transports
+        self._probing: dict[int, asyncio.Task[None]] = {}
+        speeds = (topology.link_bytes_per_s(host), topology.rdma_bytes_per_s() if transports.rdma else None)
+        self.link_bytes_per_s = max((speed for speed in speeds if speed), default=UNKNOWN_LINK_BYTES_PER_S)
+        """What this host's own link can receive, as far as is known."""
+        self.peers = Peers(self.stranger, heard_at=self._heard_at, on_open=self._on_open, on_estimate=self._tell_native)
+
+    def stranger(self, source: Source) -> Estimate:
+        """What to expect of a source that nothing was pulled from yet."""
+        peer = self._network.peer(source.node)
+        if peer is not None and peer.card.host_id == self._network.card.host_id:
+            return Estimate(SAME_HOST_FIRST_BYTE_S, SAME_HOST_BYTES_PER_S, spread=STRANGER_SPREAD)
+        rtt_s = (peer.rtt_ms or 0.0) / 1000 if peer is not None else 0.0
+        return Estimate(max(ELSEWHERE_FIRST_BYTE_S, 2.0 * rtt_s), self.link_bytes_per_s, spread=STRANGER_SPREAD)
+
+    def gone(self, node: int) -> None:
+        """The peer is unreachable or has left."""
+        self.peers.forget(node)
+        task = self._probing.pop(node, None)
+        if task is not None:
+            task.cancel()
+
+    async def stop(self) -> None:
+        """End every probe."""
+        tasks = list(self._probing.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _heard_at(self, node: int) -> float:
+        peer = self._network.peer(node)
+        if peer is None or peer.age_ms is None:
+            return float("-inf")
+        return time.monotonic() - peer.age_ms / 1000
+
+    def _tell_native(self, source: Source) -> None:
+        """Native code chooses among the holders of small gets by this."""
+        known = self.peers.estimate(source)
+        self._transports.tcp.pool.expect(source.node, known.first_byte_s, (1.0 + known.spread) / known.bytes_per_s)
+
+    def _on_open(self, node: int) -> None:
+        self._transports.tcp.pool.drop(node)  # what is idle there will not answer either
+        if node not in self._probing:
+            log.warning("%016x does not answer pulls; it is not asked before a probe has gone through", node)
+            task = asyncio.get_running_loop().create_task(self._probe(node))
+            self._probing[node] = task
+            task.add_done_callback(lambda done: self._probed(node, done))
+
+    def _probed(self, node: int, task: asyncio.Task[None]) -> None:
+        if self._probing.get(node) is task:
+            del self._probing[node]
+
+    async def _probe(self, node: int) -> None:
+        while not self.peers.usable(node):
+            await asyncio.sleep(LOOK_S)
+            if not self.peers.worth_a_probe(node):
+                continue
+            request = PullRequest(node, 0, [os.urandom(16)], [Extent(0, 0)], PROBE_S, _ignore, CallOff())
+            result = await self._transports.pick(node).pull(request)
+            if result.statuses[0] in (Status.TIMEOUT, Status.UNREACHABLE, Status.LOST):
+                self.peers.silent(node)
+            else:  # any answer will do; that it does not have the block is the one expected
+                self.peers.good(node)
+                log.info("%016x answers again", node)
+
+
+def _ignore(index: int, status: Status, checksum: bytes) -> None:
+    """Of a probe nothing comes."""

@@ -1,0 +1,58 @@
+"""Blocks that a peer has and that are not asked of it for a while, because what it sent failed the checksum. Pure.
+
+The owner is told and looks for itself (docs/protocol.md, SUSPECT): a block that has gone bad in its memory is dropped
+there, and the whole cell hears of it; one that is good was spoilt on the way, and is asked for again.
+
+``now`` is in seconds, monotonic. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import Final
+
+TTL_S: Final = 60.0
+BLOCKS_MAX: Final = 4_096
+
+
+class Distrust:
+    """One per agent."""
+
+    def __init__(self) -> None:
+        self._nodes: Counter[tuple[int, bytes]] = Counter()  # that are not asked for this block
+        self._until: OrderedDict[tuple[int, int, bytes], float] = OrderedDict()  # the oldest first
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def add(self, node: int, namespace: int, key: bytes, now: float) -> None:
+        """The node sent something else under this name."""
+        self.lift(node, namespace, key)
+        if len(self._until) >= BLOCKS_MAX:
+            self.lift(*next(iter(self._until)))
+        self._until[node, namespace, key] = now + TTL_S
+        self._nodes[namespace, key] += 1
+
+    def has(self, node: int, namespace: int, key: bytes) -> bool:
+        """Whether the node is not to be asked for this block."""
+        return (node, namespace, key) in self._until
+
+    def anybody(self, namespace: int, key: bytes) -> bool:
+        """Whether some node is not to be asked for this block."""
+        return (namespace, key) in self._nodes
+
+    def lift(self, node: int, namespace: int, key: bytes) -> None:
+        """The owner has looked: its block is good. Nothing happens if it was not distrusted."""
+        if self._until.pop((node, namespace, key), None) is None:
+            return
+        self._nodes[namespace, key] -= 1
+        if not self._nodes[namespace, key]:
+            del self._nodes[namespace, key]
+
+    def expire(self, now: float) -> list[tuple[int, int, bytes]]:
+        """Forget what is old; returns it."""
+        gone = []
+        while self._until and next(iter(self._until.values())) <= now:
+            gone.append(next(iter(self._until)))
+            self.lift(*gone[-1])
+        return gone
