@@ -39,12 +39,14 @@ class Ready(msgspec.Struct):
 class AgentProcess:
     """``p2pkv agent`` with an identity that lasts as long as it does. Started by :meth:`Fleet.start`."""
 
-    def __init__(self, name: str, directory: Path, arguments: Sequence[str]) -> None:
+    def __init__(self, name: str, directory: Path, arguments: Sequence[str], prefix: Sequence[str] = ()) -> None:
         self.name = name
+        self.host = "127.0.0.1"
         self.socket = str(directory / f"{name}.sock")
         self._log = directory / f"{name}.log"
         ours, theirs = os.pipe()
-        command = [sys.executable, "-m", "p2pkv.cli", "agent", "--socket", self.socket, "--ready-fd", str(theirs)]
+        command = [*prefix, sys.executable, "-m", "p2pkv.cli", "agent", "--socket", self.socket]
+        command += ["--ready-fd", str(theirs)]
         try:
             with self._log.open("wb") as log:
                 self.process = subprocess.Popen(
@@ -84,11 +86,6 @@ class AgentProcess:
     def _log_tail(self) -> str:
         return " | ".join(self._log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
 
-    @property
-    def address(self) -> str:
-        """Where peers dial it."""
-        return f"127.0.0.1:{self.ready.peer_port}"
-
     def kill(self) -> None:
         """SIGKILL, without waiting for it to be gone."""
         self.process.kill()
@@ -122,15 +119,28 @@ class Fleet:
         self._agents: list[AgentProcess] = []
 
     def start(
-        self, name: str, *, capacity_bytes: int, transport: str, http: bool = False, settings: Mapping[str, str] = {}
+        self,
+        name: str,
+        *,
+        capacity_bytes: int,
+        transport: str,
+        http: bool = False,
+        settings: Mapping[str, str] = {},
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
     ) -> AgentProcess:
         """Start one more agent; its seeds are those that were started before it and live.
+
+        ``host``: where it listens for peers. ``prefix``: in front of its command, to run it on another host.
 
         Raises:
             AgentUnavailable, DeadlineExceeded: it did not come up; the end of its log says why.
         """
-        seeds = [agent.address for agent in self._agents if agent.process.poll() is None]
-        merged = {"state_dir": ":memory:", "http.enabled": "true" if http else "false"} | dict(settings)
+        seeds = [f"{agent.host}:{agent.ready.peer_port}" for agent in self._agents if agent.process.poll() is None]
+        merged = {"state_dir": ":memory:", "http.enabled": "true" if http else "false"}
+        if host != "127.0.0.1":
+            merged |= {"peer.host": host, "peer.insecure": "true"}
+        merged |= settings
         arguments = [
             "--capacity",
             str(capacity_bytes),
@@ -145,7 +155,8 @@ class Fleet:
             arguments += ["--seed", seed]
         for key, value in merged.items():
             arguments += ["--set", f"{key}={value}"]
-        agent = AgentProcess(name, self._directory, arguments)
+        agent = AgentProcess(name, self._directory, arguments, prefix)
+        agent.host = host
         self._exits.callback(agent.stop)
         self._agents.append(agent)
         return agent

@@ -103,6 +103,14 @@ def gossip(quick: Quick = False, json: Json = False, check: Check = False) -> No
 
 
 @app.command()
+def faults(quick: Quick = False, json: Json = False, check: Check = False) -> None:
+    """A long prefix from four holders behind 1 Gb/s links, and what a bad one among them costs (needs root)."""
+    from p2pkv.bench import faults as bench
+
+    finish(bench.run(quick=quick), json=json, check=check)
+
+
+@app.command()
 def busy(
     transport: Annotated[str, typer.Option(help="auto, tcp or nixl.")] = "auto",
     model: Annotated[Path, typer.Option(help="Where the small model is kept between runs.")] = Path(

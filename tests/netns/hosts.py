@@ -1,4 +1,4 @@
-"""Agents on hosts of a :class:`~tests.netns.network.Network`, and what happens to them.
+"""Agents on hosts of a :class:`~p2pkv.bench.network.Network`, and what happens to them.
 
 with Hosts(8) as hosts:
     hosts.start_all()
@@ -19,12 +19,12 @@ import sys
 import time
 from typing import Any
 
+from p2pkv.bench.network import Network, inside
 from p2pkv.client import Layout
 from p2pkv.client.cache import Cache
 from p2pkv.gossip import keyfile
 from p2pkv.gossip.keyring import KEY_BYTES, Key, Keyring
 from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout
-from tests.netns.network import Network, inside
 
 PORT = 7841
 BLOCK_BYTES = 4_096

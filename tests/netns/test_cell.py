@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from p2pkv.bench.network import missing
 from p2pkv.gossip._gossip import Simulation
 from tests.cluster.agents import eventually
 from tests.netns.hosts import BLOCK_BYTES, Hosts
-from tests.netns.network import missing
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(280)]
 

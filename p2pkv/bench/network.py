@@ -1,10 +1,13 @@
-"""Hosts that are network namespaces of a test's own, on a bridge that is one too: nothing of the machine's is touched.
+"""Hosts that are network namespaces of our own, on a bridge that is one too: nothing of the machine's is touched.
+
+For benchmarks and tests; needs root.
 
     with Network(8) as network:
         network.loss(0.1)                  # of every packet that comes in, anywhere
         network.cut(0, 3)                  # host 3 hears nothing from host 0
         network.apart([0, 1], [2, 3])      # both ways, between all of them
         network.heal()
+        network.rate(1, 1e9)               # bits per second that host 1 can send
 
 Loss and cuts are nftables rules on INPUT; delay is not there (netem may be absent in a kernel).
 """
@@ -18,6 +21,8 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 
+from p2pkv.errors import P2PKVError
+
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -26,7 +31,7 @@ def missing() -> str:
     """What stands in the way of namespaces here; empty: nothing."""
     if os.geteuid() != 0:
         return "not root"
-    for program in ("ip", "nft"):
+    for program in ("ip", "nft", "tc"):
         if shutil.which(program) is None:
             return f"no {program}"
     probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False)
@@ -36,7 +41,8 @@ def missing() -> str:
 def run(*command: str) -> None:
     """Run a command; its words are in the error."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    if done.returncode != 0:
+        raise P2PKVError("a command failed", command=" ".join(command), reason=done.stderr.strip())
 
 
 @contextlib.contextmanager
@@ -45,12 +51,17 @@ def inside(name: str) -> Iterator[None]:
     here = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     there = os.open(f"/run/netns/{name}", os.O_RDONLY)
     try:
-        assert _libc.setns(there, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        _setns(there)
         yield
     finally:
-        assert _libc.setns(here, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        _setns(here)
         os.close(here)
         os.close(there)
+
+
+def _setns(namespace: int) -> None:
+    if _libc.setns(namespace, CLONE_NEWNET) != 0:
+        raise P2PKVError("cannot change the network namespace", reason=os.strerror(ctypes.get_errno()))
 
 
 class Network:
@@ -107,6 +118,17 @@ class Network:
         for name in (*self.names, self._switch):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
+    def rate(self, host: int, bits_per_s: float | None) -> None:
+        """What a host's link can send (token bucket); None: as much as it can. What is queued is kept short (20 ms)."""
+        device = [*self.prefix(host), "tc", "qdisc"]
+        if bits_per_s is None:
+            run(*device, "del", "dev", "eth0", "root")
+            return
+        burst = max(16_384, int(bits_per_s / 8 / 1000))  # of a millisecond
+        limit = burst + int(bits_per_s / 8 * 0.02)
+        bucket = ["tbf", "rate", f"{int(bits_per_s)}bit", "burst", str(burst), "limit", str(limit)]
+        run(*device, "replace", "dev", "eth0", "root", *bucket)
+
     def loss(self, share: float) -> None:
         """Of all packets that come in from other hosts."""
         self._loss = share
@@ -144,4 +166,5 @@ class Network:
                 text=True,
                 check=False,
             )
-            assert done.returncode == 0, done.stderr
+            if done.returncode != 0:
+                raise P2PKVError("nft failed", reason=done.stderr.strip())
