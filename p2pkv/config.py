@@ -100,9 +100,7 @@ class Transport(Section, frozen=True):
         "auto"  # auto: nixl where there is RDMA; on one host the faster as measured; else tcp
     )
     deadline_ms: int = 2_000  # of a whole pull when the caller names none
-    in_flight: str = (
-        "12%"  # of the arena, or a size: bytes that pulls may have on their way at once; more wait their turn
-    )
+    in_flight: str = "50%"  # of the arena, or a size: what pulls may have on their way at once; more wait their turn
     stall_ms: int = 500  # a pull that makes no progress for this long is given up, whatever its deadline
     streams: int = 4  # TCP connections used for one large pull; more fill fat links, fewer spare sockets
     stream_bytes: str = "8MiB"  # a pull uses one more stream for each so many bytes

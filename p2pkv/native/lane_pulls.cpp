@@ -19,6 +19,7 @@ constexpr double kAboutAsQuick = 1.5;  // times what the quickest holder takes: 
 // A pull that takes this much longer than expected, where others have the blocks too, is handed over.
 constexpr double kEnoughFactor = 4.0;
 constexpr double kEnoughMinS = 0.1;
+constexpr uint64_t kLookBytes = 1 << 20;  // the lane's thread receives so much itself, while nobody asks it for anything
 
 unsigned char status_of(Code code) {
     switch (code) {
@@ -106,6 +107,7 @@ bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared
             pull->fd = taken.fd;
             pull->first_byte_s = taken.first_byte_s;
             pull->one_sided = one_sided;
+            pull->look = bytes <= kLookBytes && taken.near;
             if (holders > 1) pull->enough_s = std::max(kEnoughMinS, kEnoughFactor * costs[which]);
             pulls->push_back(std::move(pull));
         } while (pulls->size() < streams);
@@ -191,8 +193,10 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
         for (const store::BlockRef& block : pull->blocks)
             destinations.push_back({reinterpret_cast<unsigned char*>(options_.arena) + store::Store::offset_of(*block),
                                     static_cast<uint32_t>(store::Store::length_of(*block))});
-        transfer = std::make_unique<Receive>(pull->job, pull->fd, limits, frame::make(kTypeGet, 0, body),
-                                             std::move(destinations), options_.partial_bytes, options_.ahead_bytes);
+        auto receive = std::make_unique<Receive>(pull->job, pull->fd, limits, frame::make(kTypeGet, 0, body),
+                                                 std::move(destinations), options_.partial_bytes, options_.ahead_bytes);
+        if (pull->look) receive->look = [this] { return !has_events(); };
+        transfer = std::move(receive);
         transfer->on_event = [this, pull](IoEvent event) { on_event(*pull, std::move(event)); };
     }
     if (receiver_.submit(std::move(transfer))) return;
@@ -200,6 +204,11 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
     refused.final = true;
     refused.code = Code::cancelled;
     on_event(*pull, std::move(refused));
+}
+
+bool Lane::has_events() const {
+    epoll_event event;
+    return epoll_wait(epoll_, &event, 1, 0) != 0;
 }
 
 // The owner holds the blocks for us: have them read. Until the end of the lease at most, counted from before we asked.

@@ -75,6 +75,7 @@ struct Lane::Pull {
     double first_byte_s = 0;
     double asked_at = 0;
     double enough_s = std::numeric_limits<double>::infinity();  // after so long somebody else should be asked
+    bool look = false;  // the answer is worth waiting for without sleeping
     bool one_sided = false;  // PIN, then a read by the NIXL process; else GET
     std::vector<uint32_t> indices;  // into the request's keys
     std::vector<store::BlockRef> blocks;

@@ -12,6 +12,7 @@ namespace {
 constexpr double kFloorS = 0.08;
 constexpr double kFactor = 4.0;
 constexpr double kForget = 0.95;
+constexpr double kNearS = 0.0004;
 }  // namespace
 
 void Pool::give(uint64_t node, uint32_t slot, int fd, bool owes_release) {
@@ -64,7 +65,8 @@ Pool::Taken Pool::take_slot(uint32_t slot) {
     const auto node = node_of_slot_.find(slot);
     if (node == node_of_slot_.end()) return {};
     Peer& peer = peers_[node->second];
-    return {pop(peer), node->second, first_byte_s(peer)};
+    const bool near = peer.first_byte_s > 0 && peer.first_byte_s < kNearS;
+    return {pop(peer), node->second, first_byte_s(peer), near};
 }
 
 uint64_t Pool::node_of(uint32_t slot) {

@@ -14,6 +14,7 @@ class Pool {
         int fd = -1;  // -1: there is none
         uint64_t node = 0;
         double first_byte_s = 0;
+        bool near = false;  // it answers in less time than it takes to wake a thread or two
     };
 
     Pool(size_t per_node, double ceiling_s) : per_node_(per_node), ceiling_s_(ceiling_s) {}

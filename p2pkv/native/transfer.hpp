@@ -137,6 +137,10 @@ class Receive final : public Asking {
   public:
     Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
             uint64_t partial_bytes, uint64_t ahead_bytes = 0);
+    // With `look`, which says whether the calling thread has nothing better to do: receives in it, without sleeping, for
+    // as long as bytes keep coming. An owner on this host has often answered before the request's system call is over.
+    Want begin() override;
+    std::function<bool()> look;
     bool take_partial(IoEvent* event) override;
     bool take_ahead(IoEvent* event) override;
     void fill_final(IoEvent* event) override;

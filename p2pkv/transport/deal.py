@@ -72,16 +72,21 @@ class Deal:
     Args:
         estimate: of a source, now.
         block_bytes: of each block.
-        piece_bytes_max: no piece is larger, but of at least one block.
+        piece_bytes_max: asked for each piece: it is not larger, but of at least one block.
         salt: of this node; see :func:`p2pkv.transport.plan.plan`.
     """
 
     def __init__(
-        self, estimate: Callable[[Source], Estimate], *, block_bytes: int, piece_bytes_max: int, salt: int = 0
+        self,
+        estimate: Callable[[Source], Estimate],
+        *,
+        block_bytes: int,
+        piece_bytes_max: Callable[[], int],
+        salt: int = 0,
     ) -> None:
         self._estimate = estimate
         self._block_bytes = max(1, block_bytes)
-        self._piece_blocks_max = max(1, piece_bytes_max // self._block_bytes)
+        self._piece_bytes_max = piece_bytes_max
         self._salt = salt
         self._sources: dict[int, list[Source]] = {}  # of blocks that are not here yet: who is left to ask
         self._late: dict[int, list[Source]] = {}  # likewise, but it was called off there: only when nobody else is left
@@ -260,7 +265,7 @@ class Deal:
         size = PIECE_S * known.bytes_per_s
         if known.spread >= UNSURE_SPREAD:
             size = min(size, UNSURE_BYTES)
-        blocks = min(max(1, int(size) // self._block_bytes), self._piece_blocks_max)
+        blocks = max(1, int(min(size, self._piece_bytes_max())) // self._block_bytes)
         positions: list[int] = []
         while run and len(positions) < blocks:
             position = run.pop()

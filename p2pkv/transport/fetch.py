@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 LATE_S: Final = 0.05
 """What a transport may take beyond the deadline to clean up before it is called late in the log."""
 
-PIECE_SHARE: Final = 4
-"""A piece takes at most a quarter of what may be in flight, so that requests take turns."""
+CROWD_SHARE: Final = 8
+"""Of what may be in flight a piece takes at most an eighth when there are several requests, so that they take turns."""
 
 
 class Place(Protocol):
@@ -148,6 +148,10 @@ class Fetcher(Generic[P]):
     def in_flight(self) -> int:
         """Blocks being pulled, or about to be."""
         return len(self._flights)
+
+    def piece_bytes_max(self) -> int:
+        """No piece is larger now."""
+        return self.admission.limit_bytes // (CROWD_SHARE if len(self._tasks) > 1 else 1)
 
     def landed_elsewhere(self, namespace: int, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
         """What became of blocks that were watched."""
@@ -276,7 +280,7 @@ class _Fetch(Generic[P]):
         self.deal = Deal(
             fetcher.peers.estimate,
             block_bytes=block_bytes,
-            piece_bytes_max=fetcher.admission.limit_bytes // PIECE_SHARE,
+            piece_bytes_max=fetcher.piece_bytes_max,
             salt=fetcher._salt,
         )
 

@@ -41,7 +41,7 @@ class Run:
         self.deal = Deal(
             lambda source: self.estimates.of(source, self.now),
             block_bytes=block_bytes,
-            piece_bytes_max=256 * MIB,
+            piece_bytes_max=lambda: 256 * MIB,
         )
         self.block_bytes = block_bytes
         self.holders = holders
