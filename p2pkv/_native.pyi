@@ -228,14 +228,27 @@ LaneEvent = tuple[
     bytes,
 ]
 
+class DirectoryReader:
+    """Copies blocks out of an arena by its directory (``native/directory_reader.hpp``). Thread-safe.
+
+    ``unchecked``: without looking afterwards whether the block was there all along. For tests.
+
+    Raises:
+        ValueError: not a directory, or of another version."""
+
+    def __init__(self, table: Buffer, marks: Buffer, arena: Buffer, unchecked: bool = False) -> None: ...
+    def copy(self, namespace: int, key: bytes, out: Buffer) -> bool:
+        """False: it is not there, is not as long as ``out``, or went meanwhile."""
+
 class Gets:
     """An engine's GETs on a socket of their own (``native/gets.hpp``). Thread-safe.
 
-    ``fd``: connected, and this object's from now on. ``arena``: the agent's, held for as long as this lives.
+    ``fd``: connected, and this object's from now on. ``arena``: the agent's, held for as long as this lives. So are
+    ``table`` and ``marks``, its directory: what is in the arena is then copied out without asking.
     """
 
     broken: str | None
-    def __init__(self, fd: int, arena: Buffer) -> None: ...
+    def __init__(self, fd: int, arena: Buffer, table: Buffer | None = None, marks: Buffer | None = None) -> None: ...
     def get(
         self,
         namespace: int,
@@ -253,6 +266,11 @@ class Gets:
             ValueError: a buffer is of another length.
             KeyboardInterrupt: and whatever else a signal handler raises.
         """
+
+    def get_here(
+        self, namespace: int, keys: Sequence[bytes], buffers: Sequence[Any], block_bytes: int
+    ) -> list[bool] | None:
+        """The whole get, if all of it is in the arena; None: it is not, or an argument is not as it should be."""
 
     def close(self, reason: str) -> None:
         """Break it: whoever waits is told so."""
@@ -415,6 +433,12 @@ class Store:
         lease_seed: int | None = None,
     ) -> None:
         """Raises ValueError: the sizes do not fit each other."""
+
+    def publish(self, table_fd: int, marks_fd: int, entries: int) -> None:
+        """Keep a directory of the arena in these two files, for engines. Before anything is in it. Raises OSError."""
+
+    def read_unasked(self) -> tuple[int, int]:
+        """Blocks and bytes that engines have read by the directory, as they say."""
 
     def open(self, namespace: int, block_bytes: int, salt: int, slot_bytes: int) -> bool:
         """False: one block is larger than the arena."""

@@ -39,6 +39,7 @@ class Engine(Section, frozen=True):
 
     socket: str = ""  # path; empty = default_socket_path(). Mode 0600: the agent's user and root only
     short_way: bool = True  # gets have a socket of their own, answered without the event loop where that is possible
+    directory: bool = True  # engines find what is in the arena by themselves, in shared memory, and copy it out unasked
     connections_max: int = 256  # engines (and their helpers) at once; more are refused
     in_flight_max: int = 256  # unanswered requests per connection; more are answered "busy"
     regions_max: int = 64  # mapped regions per connection

@@ -36,6 +36,7 @@ from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import PrefixIndex
 from p2pkv.store.arena import Arena
 from p2pkv.store.base import LeaseLimits
+from p2pkv.store.directory import DirectoryFiles
 from p2pkv.store.dram import DramStore
 from p2pkv.store.memory import available_memory
 from p2pkv.transport.fetch import Fetcher
@@ -137,6 +138,10 @@ class Agent:
                 config.transport.quarantine, key="transport.quarantine", percent_of=self.arena.capacity_bytes
             ),
         )
+        self.directory: DirectoryFiles | None = None
+        if config.engine.directory:
+            self.directory = DirectoryFiles(self.store, self.arena.capacity_bytes)
+            exits.callback(self.directory.close)
         populator = Populator(self.arena)
         exits.push_async_callback(populator.stop)
         self.store.watch_extents(populator.used)
@@ -240,6 +245,7 @@ class Agent:
             in_flight_max=config.engine.in_flight_max,
             regions_max=config.engine.regions_max,
             lane=self.lane,
+            directory=self.directory,
         )
         await self.engines.start()
         exits.push_async_callback(self.engines.stop)

@@ -26,6 +26,7 @@ from p2pkv.agent.lane import EngineLane, Port, Rest
 from p2pkv.agent.regions import MappedRegion
 from p2pkv.agent.service import CacheService, Ready
 from p2pkv.errors import Busy, ConfigError, InvalidArgument, LayoutMismatch, P2PKVError, RemoteProtocolError
+from p2pkv.store.directory import DirectoryFiles
 from p2pkv.transport.movers import Code
 from p2pkv.types import Layout, Status
 from p2pkv.wire.engine import (
@@ -47,7 +48,8 @@ from p2pkv.wire.engine import (
 from p2pkv.wire.engine import (
     Ready as ReadyMessage,
 )
-from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, Frame, FrameDecoder
+from p2pkv.wire.engine_types import ENGINE_PROTOCOL_MAX, ENGINE_PROTOCOL_MIN
+from p2pkv.wire.frame import Frame, FrameDecoder
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ FDS_MAX: Final = 8
 SEND_QUEUE_BYTES_MAX: Final = 16 << 20
 """Answers that an engine does not read; beyond it the engine is disconnected."""
 DEADLINE_MS_MAX: Final = 600_000
+DIRECTORY_PROTOCOL: Final = 2
+"""From this version on an engine takes the arena's directory."""
 
 _ids = itertools.count(1)
 
@@ -74,8 +78,10 @@ class EngineServer:
         in_flight_max: int,
         regions_max: int,
         lane: EngineLane,
+        directory: DirectoryFiles | None = None,
     ) -> None:
         self.lane = lane
+        self.directory = directory
         self.service = service
         self.path = path
         self.epoch = epoch
@@ -321,12 +327,15 @@ class EngineConnection:
             raise refusal
 
     def _on_attach(self, message: Attach, request_id: int) -> None:
-        if not message.protocol_min <= PROTOCOL_MAX or not message.protocol_max >= PROTOCOL_MIN:
-            raise RemoteProtocolError("no common protocol version", engine=message.protocol_max, agent=PROTOCOL_MAX)
+        if not message.protocol_min <= ENGINE_PROTOCOL_MAX or not message.protocol_max >= ENGINE_PROTOCOL_MIN:
+            raise RemoteProtocolError(
+                "no common protocol version", engine=message.protocol_max, agent=ENGINE_PROTOCOL_MAX
+            )
         self._attached = message
+        protocol = min(ENGINE_PROTOCOL_MAX, message.protocol_max)
         service = self._service
         ready = ReadyMessage(
-            min(PROTOCOL_MAX, message.protocol_max),
+            protocol,
             service.node,
             self._server.epoch,
             service.arena.capacity_bytes,
@@ -335,6 +344,8 @@ class EngineConnection:
         ours, theirs = socket.socketpair()  # close-on-exec by default
         ours.setblocking(False)
         descriptors = [service.arena.readonly_fd(), theirs.detach()]
+        if protocol >= DIRECTORY_PROTOCOL and self._server.directory is not None:
+            descriptors += self._server.directory.descriptors()
         self._server.lane.open(self.id, ours.detach(), Port(self._on_rest, self._on_lane_gone))
         try:
             socket.send_fds(self._sock, [CODEC.encode(ready, request_id)], descriptors)

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 FEATURE: Final = "suspect"
 """In the card of a node that understands SUSPECT."""
 TELL_S: Final = 2.0
+TELL_AGAIN_S: Final = (0.0, 0.3, 1.0, 5.0)
+"""Pauses before each attempt."""
 TELLING_MAX: Final = 64
 """Messages on their way; beyond that owners are not told, which costs them only what they might have learnt."""
 LOOK_S: Final = 1.0
@@ -104,12 +106,15 @@ class Suspicion:
             task.add_done_callback(self._telling.discard)
 
     async def _tell(self, node: int, suspect: Suspect) -> None:
-        try:
-            link = await self._network.reach(node, TELL_S)
-            answer = await link.request(suspect, TELL_S)
-        except P2PKVError as error:
-            log.info("%s was not told of %d bad block(s): %s", NodeId(node), len(suspect.hashes), error)
-            return
+        answer: object = None
+        for pause_s in TELL_AGAIN_S:
+            await asyncio.sleep(pause_s)
+            try:
+                link = await self._network.reach(node, TELL_S)
+                answer = await link.request(suspect, TELL_S)
+                break
+            except P2PKVError as error:
+                log.info("%s was not told of %d bad block(s): %s", NodeId(node), len(suspect.hashes), error)
         if not isinstance(answer, Suspected) or len(answer.statuses) != len(suspect.hashes):
             return
         good = [key for key, status in zip(suspect.hashes, answer.statuses, strict=True) if status == Status.OK]

@@ -74,9 +74,15 @@ PHASES: Final = (
         MIB,
         288,
         192 * MIB,
-        (Case("1MiB", 1, 1), Case("1MiB.local", 1, 1, local=True), Case("16x1MiB", 16, 4), Case("64x1MiB", 64, 8)),
+        (
+            Case("1MiB", 1, 1),
+            Case("1MiB.local", 1, 1, local=True),
+            Case("16x1MiB", 16, 4),
+            Case("16x1MiB.local", 16, 4, local=True),
+            Case("64x1MiB", 64, 8),
+        ),
     ),
-    Phase(4 * MIB, 64, 192 * MIB, (Case("4MiB", 1, 1),)),
+    Phase(4 * MIB, 64, 192 * MIB, (Case("4MiB", 1, 1), Case("4MiB.local", 1, 1, local=True))),
 )
 
 

@@ -150,6 +150,11 @@ class Cache:
         Raises:
             InvalidArgument: keys or buffers are of the wrong number or size.
         """
+        connection = self._client.live
+        if connection is not None and type(keys) is list and type(buffers) is list:
+            here = connection.gets.get_here(self.namespace, keys, buffers, self.layout.block_bytes)
+            if here is not None:
+                return here
         return [status == Status.OK for status in self._get(keys, buffers, deadline_ms)]
 
     def get_statuses(

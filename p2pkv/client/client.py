@@ -125,6 +125,11 @@ class AgentClient:
 
     # --- for Cache and Region ---
 
+    @property
+    def live(self) -> Connection | None:
+        """The connection if there is one; what it is asked may find it broken."""
+        return self._connection
+
     def connection(self, deadline: float) -> Connection:
         """A live connection, made now if need be; for blocking calls."""
         connection = self._connection

@@ -13,7 +13,8 @@ from p2pkv import _native
 from p2pkv.client.channel import Channel
 from p2pkv.client.messages import Attach, EngineError, Ready, decode, encode
 from p2pkv.errors import AgentUnavailable, RemoteProtocolError
-from p2pkv.wire.frame import PROTOCOL_MAX, PROTOCOL_MIN, FrameDecoder
+from p2pkv.wire.engine_types import ENGINE_PROTOCOL_MAX, ENGINE_PROTOCOL_MIN
+from p2pkv.wire.frame import FrameDecoder
 
 
 class Connection(Channel):
@@ -31,15 +32,17 @@ class Connection(Channel):
         except BaseException:
             sock.close()
             raise
+        gets = descriptors.pop(1)
         try:
             self.arena = memoryview(_native.Mapping(descriptors[0], self.ready.arena_bytes, False))
-            self.gets = _native.Gets(descriptors[1], self.arena)
+            self.gets = _native.Gets(gets, self.arena, *_directory(descriptors[1:]))
         except BaseException:
             sock.close()
-            os.close(descriptors[1])
+            os.close(gets)
             raise
         finally:
-            os.close(descriptors[0])
+            for descriptor in descriptors:
+                os.close(descriptor)
         super().__init__(sock)
 
     def _break(self, reason: str) -> None:
@@ -47,13 +50,22 @@ class Connection(Channel):
         self.gets.close(reason)
 
 
+def _directory(descriptors: list[int]) -> list[_native.Mapping]:
+    """Map the arena's directory, if the agent gave it: its table, and the marks that we may write."""
+    return [
+        _native.Mapping(descriptor, os.fstat(descriptor).st_size, writable)
+        for descriptor, writable in zip(descriptors, (False, True), strict=False)
+    ]
+
+
 def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tuple[Ready, list[int]]:
-    """Attach. Returns what the agent says, and its descriptors: the arena's, then that of a socket for GETs."""
+    """Attach. Returns what the agent says, and its descriptors: the arena's, that of a socket for GETs, and perhaps
+    those of the arena's directory (table, marks)."""
     sock.settimeout(max(0.001, deadline - time.monotonic()))
     descriptors: list[int] = []
     try:
         sock.connect(path)
-        sock.sendall(encode(Attach(PROTOCOL_MIN, PROTOCOL_MAX, name, os.getpid()), 1))
+        sock.sendall(encode(Attach(ENGINE_PROTOCOL_MIN, ENGINE_PROTOCOL_MAX, name, os.getpid()), 1))
         decoder = FrameDecoder()
         while True:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -63,7 +75,7 @@ def _introduce(sock: socket.socket, path: str, name: str, deadline: float) -> tu
                 raise AgentUnavailable("the agent closed the connection at once", socket=path)
             for frame in decoder.feed(data):
                 answer = decode(frame)
-                if isinstance(answer, Ready) and len(descriptors) == 2:
+                if isinstance(answer, Ready) and len(descriptors) in (2, 4):
                     for descriptor in descriptors:
                         os.set_inheritable(descriptor, False)
                     given, descriptors = descriptors, []

@@ -35,6 +35,8 @@ from p2pkv.wire.peer import (
     Pinned,
     Release,
     Released,
+    Suspect,
+    Suspected,
 )
 
 IN_FLIGHT_MAX: Final = 256
@@ -44,6 +46,7 @@ ANSWERS: Final[dict[type[msgspec.Struct], type[msgspec.Struct]]] = {
     Pin: Pinned,
     Release: Released,
     NixlConnect: NixlEndpointReply,
+    Suspect: Suspected,
 }
 
 

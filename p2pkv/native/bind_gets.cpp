@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <chrono>
 #include <deque>
 #include <memory>
@@ -16,14 +17,34 @@ using namespace p2pkv;
 
 namespace {
 
+// The directory of the arena, and its two files for as long.
+struct Directory {
+    Directory(nb::handle table_memory, nb::handle marks_memory, const Buffer& arena, bool unchecked = false)
+        : table(table_memory, false),
+          marks(marks_memory, true),
+          reader(table.data(), table.size(), marks.data(), marks.size(), arena.data(), arena.size(), unchecked) {}
+    Buffer table, marks;
+    DirectoryReader reader;
+};
+
+// The same by itself. For tests.
+struct HeldReader {
+    HeldReader(nb::handle table, nb::handle marks, nb::handle arena_memory, bool unchecked)
+        : arena(arena_memory, false), directory(table, marks, arena, unchecked) {}
+    Buffer arena;
+    Directory directory;
+};
+
 // A socket's gets, and the arena that they are copied from, held for as long.
 struct HeldGets {
-    HeldGets(int fd, nb::handle arena)
+    HeldGets(int fd, nb::handle arena, nb::object table, nb::object marks)
         : main_thread(nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"))),
           memory(arena, false),
-          gets(fd, memory.data(), memory.size()) {}
+          directory(table.is_none() ? nullptr : std::make_unique<Directory>(table, marks, memory)),
+          gets(fd, memory.data(), memory.size(), directory == nullptr ? nullptr : &directory->reader) {}
     const unsigned long main_thread;  // where Python handles signals: no other thread need ask, or take the GIL for that
     Buffer memory;
+    std::unique_ptr<Directory> directory;
     Gets gets;
 };
 
@@ -33,6 +54,9 @@ bool signalled() {
 }
 
 bool never() { return false; }
+
+constexpr size_t kHereMax = 64;           // keys of a get that is tried the shortest way; more are not in a hurry
+constexpr uint64_t kAwayBytes = 4 << 20;  // so much does not stay in a cache anyway
 
 nb::tuple get(HeldGets& self, uint64_t space, nb::sequence keys, nb::sequence buffers, uint64_t block_bytes, uint64_t deadline_ms,
               double deadline) {
@@ -63,12 +87,61 @@ nb::tuple get(HeldGets& self, uint64_t space, nb::sequence keys, nb::sequence bu
                           nb::bytes(result.detail.data(), result.detail.size()));
 }
 
+// The whole get, if all of it is in the arena: nothing is asked, and nothing but the copies takes long. None: it is not, or
+// not all arguments are as they should be; the long way finds out.
+nb::object get_here(HeldGets& self, uint64_t space, nb::list keys, nb::list buffers, uint64_t block_bytes) {
+    const size_t count = nb::len(keys);
+    if (self.directory == nullptr || count == 0 || count > kHereMax || nb::len(buffers) != count) return nb::none();
+    if (!self.gets.lives()) return nb::none();
+    std::array<std::string_view, kHereMax> names;
+    std::array<Py_buffer, kHereMax> views;
+    size_t held = 0;
+    bool good = true;
+    for (; good && held < count; ++held) {
+        PyObject* key = PyList_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(held));
+        PyObject* buffer = PyList_GET_ITEM(buffers.ptr(), static_cast<Py_ssize_t>(held));
+        if (!PyBytes_CheckExact(key) || PyObject_GetBuffer(buffer, &views[held], PyBUF_CONTIG) != 0) {
+            PyErr_Clear();
+            break;
+        }
+        names[held] = {PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key))};
+        good = static_cast<uint64_t>(views[held].len) == block_bytes;
+    }
+    good = good && held == count;
+    if (good) {
+        nb::gil_scoped_release release;
+        const DirectoryReader& reader = self.directory->reader;
+        for (size_t i = 0; good && i < count; ++i) good = reader.has(space, names[i], block_bytes);
+        const bool away = count * block_bytes > kAwayBytes;
+        for (size_t i = count; good && i-- > 0;)
+            good = reader.copy(space, names[i], static_cast<unsigned char*>(views[i].buf), block_bytes, away);
+    }
+    for (size_t i = 0; i < held; ++i) PyBuffer_Release(&views[i]);
+    if (!good) return nb::none();
+    nb::list out;
+    for (size_t i = 0; i < count; ++i) out.append(true);
+    return out;
+}
+
 }  // namespace
 
 void bind_gets(nb::module_& m) {
+    nb::class_<HeldReader>(m, "DirectoryReader")
+        .def(nb::init<nb::handle, nb::handle, nb::handle, bool>(), "table"_a, "marks"_a, "arena"_a, "unchecked"_a = false)
+        .def(
+            "copy",
+            [](const HeldReader& self, uint64_t space, nb::bytes key, nb::handle out) {
+                const Buffer buffer(out, true);
+                nb::gil_scoped_release release;
+                return self.directory.reader.copy(space, {key.c_str(), key.size()},
+                                                  static_cast<unsigned char*>(buffer.data()), buffer.size(), false);
+            },
+            "namespace"_a, "key"_a, "out"_a);
     nb::class_<HeldGets>(m, "Gets")
-        .def(nb::init<int, nb::handle>(), "fd"_a, "arena"_a)
+        .def(nb::init<int, nb::handle, nb::object, nb::object>(), "fd"_a, "arena"_a, "table"_a = nb::none(),
+             "marks"_a = nb::none())
         .def("get", get, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a, "deadline_ms"_a, "deadline"_a)
+        .def("get_here", get_here, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a)
         .def("close", [](HeldGets& self, std::string reason) { self.gets.close(std::move(reason)); }, "reason"_a,
              nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("broken", [](const HeldGets& self) { return self.gets.broken(); });

@@ -7,6 +7,9 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <cerrno>
+#include <system_error>
+
 #include "store.hpp"
 #include "stress.hpp"
 
@@ -202,6 +205,24 @@ void bind_store(nb::module_& m) {
         .def("__init__", &construct, nb::kw_only(), "capacity_bytes"_a, "extent_bytes"_a, "evict"_a, "ttl_min_s"_a,
              "ttl_max_s"_a, "leases_max"_a, "leases_per_holder_max"_a, "bytes_per_holder_max"_a, "pinned_bytes_max"_a,
              "quarantine_bytes_max"_a, "lease_seed"_a = nb::none())
+        .def(
+            "publish",
+            [](Store& store, int table_fd, int marks_fd, uint64_t entries) {
+                try {
+                    store.publish(table_fd, marks_fd, entries);
+                } catch (const std::system_error& error) {
+                    errno = error.code().value();
+                    PyErr_SetFromErrno(PyExc_OSError);
+                    throw nb::python_error();
+                }
+            },
+            "table_fd"_a, "marks_fd"_a, "entries"_a)
+        .def("read_unasked",
+             [](const Store& store) {
+                 const Directory* directory = store.directory();
+                 return directory == nullptr ? nb::make_tuple(0, 0)
+                                             : nb::make_tuple(directory->blocks_read(), directory->bytes_read());
+             })
         .def("open", &Store::open, "namespace"_a, "block_bytes"_a, "salt"_a, "slot_bytes"_a)
         .def("drop", &Store::drop, "namespace"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("pin", &pin, "namespace"_a, "keys"_a, "ttl_s"_a, "now"_a, "holder"_a)

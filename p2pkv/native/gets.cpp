@@ -31,6 +31,8 @@ constexpr size_t kInFlightMax = 256;        // as p2pkv/client/channel.py
 constexpr double kReleaseS = 0.05;          // a lease that is not given back expires by itself
 constexpr double kFinishS = 1.0;            // a frame that has begun: finish it, or give the connection up
 constexpr double kSignalsS = 0.1;
+constexpr double kLookS = 0.02;             // between looks whether the agent lives, for who never asks it anything
+constexpr uint64_t kAwayBytes = 4 << 20;    // so much does not stay in a cache anyway
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -85,14 +87,24 @@ class Gets::Turn {
     const End end;
 };
 
-Gets::Gets(int fd, const void* arena, size_t arena_bytes)
-    : fd_(fd), arena_(static_cast<const unsigned char*>(arena)), arena_bytes_(arena_bytes) {}
+Gets::Gets(int fd, const void* arena, size_t arena_bytes, const DirectoryReader* directory)
+    : fd_(fd), arena_(static_cast<const unsigned char*>(arena)), arena_bytes_(arena_bytes), directory_(directory) {}
 
 Gets::~Gets() { ::close(fd_); }
 
 std::optional<std::string> Gets::broken() const {
     std::lock_guard lock(mutex_);
     return broken_;
+}
+
+bool Gets::lives() {
+    const double now = now_s();
+    if (ended_.load(std::memory_order_relaxed)) return false;
+    if (now - looked_at_.load(std::memory_order_relaxed) < kLookS) return true;
+    looked_at_.store(now, std::memory_order_relaxed);
+    pollfd watched{fd_, POLLRDHUP, 0};
+    if (poll(&watched, 1, 0) > 0) close("the agent closed it");
+    return !broken();
 }
 
 void Gets::close(std::string reason) {
@@ -103,11 +115,57 @@ void Gets::close(std::string reason) {
 void Gets::fail(std::string reason) {
     if (broken_) return;
     broken_ = std::move(reason);
+    ended_.store(true, std::memory_order_relaxed);
     shutdown(fd_, SHUT_RDWR);  // wakes whoever sleeps on it
     arrived_.notify_all();
 }
 
+// What is in the arena is copied out by ourselves, while what is not comes. Of a chain the last key first, so that the tail
+// is the one that was used earliest.
 Gets::Result Gets::get(const Ask& ask, const std::function<bool()>& interrupted) {
+    if (directory_ == nullptr || !lives()) return this->ask(ask, interrupted, [] {});
+    std::vector<size_t> here, rest, gone;
+    for (size_t i = 0; i < ask.keys.size(); ++i)
+        (directory_->has(ask.space, ask.keys[i], ask.block_bytes) ? here : rest).push_back(i);
+    const bool away = here.size() * ask.block_bytes > kAwayBytes;
+    const auto copy_here = [&] {
+        for (auto i = here.rbegin(); i != here.rend(); ++i)
+            if (!directory_->copy(ask.space, ask.keys[*i], ask.buffers[*i], ask.block_bytes, away)) gone.push_back(*i);
+    };
+    Result out;
+    out.statuses.assign(ask.keys.size(), kOk);
+    const auto ask_for = [&](const std::vector<size_t>& some, const std::function<void()>& meanwhile) {
+        Ask asked = ask;
+        asked.keys.clear();
+        asked.buffers.clear();
+        for (const size_t i : some) {
+            asked.keys.push_back(ask.keys[i]);
+            asked.buffers.push_back(ask.buffers[i]);
+        }
+        Result result = this->ask(asked, interrupted, meanwhile);
+        for (size_t n = 0; n < some.size(); ++n) out.statuses[some[n]] = result.statuses[n];
+        if (out.end != End::done || result.end == End::done) return;
+        out.end = result.end;
+        out.detail = std::move(result.detail);
+    };
+    if (rest.empty()) {
+        copy_here();
+    } else {
+        bool copied = false;
+        ask_for(rest, [&] {
+            copy_here();
+            copied = true;
+        });
+        if (!copied) copy_here();  // nothing could be sent
+    }
+    if (!gone.empty()) {
+        std::reverse(gone.begin(), gone.end());
+        ask_for(gone, [] {});
+    }
+    return out;
+}
+
+Gets::Result Gets::ask(const Ask& ask, const std::function<bool()>& interrupted, const std::function<void()>& meanwhile) {
     Result out;
     out.statuses.assign(ask.keys.size(), kTimeout);
     const double asked_at = now_s();
@@ -131,6 +189,7 @@ Gets::Result Gets::get(const Ask& ask, const std::function<bool()>& interrupted)
     writer.uint(current_processor());
     const End sent = send(frame::make(kGet, turn.id, body), ask.deadline, interrupted);
     if (sent != End::done) return end(sent);
+    meanwhile();
 
     std::vector<Copied> copied(ask.keys.size());
     while (true) {

@@ -5,6 +5,7 @@
 // belongs, and passes that on when its own answer is there. Blocks are copied out of the agent's arena by the thread that
 // asked for them, between GOT, which says that they are held, and RELEASE, which gives them back.
 #pragma once
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -14,6 +15,8 @@
 #include <string_view>
 #include <unordered_map>
 #include <vector>
+
+#include "directory_reader.hpp"
 
 namespace p2pkv {
 
@@ -42,8 +45,9 @@ class Gets {
         std::string detail;
     };
 
-    // Takes a connected socket over. The arena stays the caller's, and has to outlive this.
-    Gets(int fd, const void* arena, size_t arena_bytes);
+    // Takes a connected socket over. The arena stays the caller's, and so does the directory (null: everything is asked
+    // for); both have to outlive this.
+    Gets(int fd, const void* arena, size_t arena_bytes, const DirectoryReader* directory = nullptr);
     ~Gets();
     Gets(const Gets&) = delete;
     Gets& operator=(const Gets&) = delete;
@@ -54,8 +58,14 @@ class Gets {
     // Every waiter's get is broken now, and each later one. Thread-safe.
     void close(std::string reason);
     std::optional<std::string> broken() const;
+    // Whether the agent is still there, as far as was seen lately: looks at the socket now and then, so that who never asks
+    // finds out, too, and does not go on with the memory of an agent that has gone.
+    bool lives();
 
   private:
+    // `meanwhile`: called once the agent has been asked.
+    Result ask(const Ask& ask, const std::function<bool()>& interrupted, const std::function<void()>& meanwhile);
+
     struct Part {
         unsigned char type;
         std::string body;
@@ -87,6 +97,9 @@ class Gets {
     const int fd_;
     const unsigned char* const arena_;
     const size_t arena_bytes_;
+    const DirectoryReader* const directory_;
+    std::atomic<double> looked_at_{0};
+    std::atomic<bool> ended_{false};  // broken_ is there
     std::timed_mutex send_mutex_;
     mutable std::mutex mutex_;  // guards what follows
     std::condition_variable arrived_;

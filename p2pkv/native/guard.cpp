@@ -75,6 +75,7 @@ struct Job {
     CopyDeadline deadline;
     HashState* state;
     bool expired;
+    bool away = false;
 };
 
 bool expired(Job* job) {
@@ -84,7 +85,7 @@ bool expired(Job* job) {
 
 void copy_body(void* argument) {
     auto* job = static_cast<Job*>(argument);
-    const auto copy = job->length < kAwayBytes ? copy_bytes : copy_away;
+    const auto copy = job->away ? copy_away : copy_bytes;
     for (size_t done = 0; done < job->length && !expired(job); done += kPiece)
         copy(job->dst + done, job->src + done, std::min(kPiece, job->length - done));
 }
@@ -107,7 +108,11 @@ void hash_body(void* argument) {
 }  // namespace
 
 bool guarded_copy(void* dst, const void* src, size_t length, CopyDeadline deadline) {
-    Job job{static_cast<char*>(dst), static_cast<const char*>(src), length, deadline, nullptr, false};
+    return guarded_copy(dst, src, length, deadline, length >= kAwayBytes);
+}
+
+bool guarded_copy(void* dst, const void* src, size_t length, CopyDeadline deadline, bool away) {
+    Job job{static_cast<char*>(dst), static_cast<const char*>(src), length, deadline, nullptr, false, away};
     return run_guarded(copy_body, &job) && !job.expired;
 }
 

@@ -18,6 +18,9 @@ using CopyDeadline = std::chrono::steady_clock::time_point;
 // Copy `length` bytes; false when a page of either side is gone or the deadline passed (some bytes may have been copied).
 bool guarded_copy(void* dst, const void* src, size_t length, CopyDeadline deadline);
 
+// `away`: past the caches (copy.hpp); the former decides by the length.
+bool guarded_copy(void* dst, const void* src, size_t length, CopyDeadline deadline, bool away);
+
 // Copy and checksum in one pass: each piece is hashed while it is hot in the cache. The digest is of the bytes that
 // were written to `dst`, so that a source which changes meanwhile cannot make digest and copy differ.
 bool guarded_copy_hash(void* dst, const void* src, size_t length, CopyDeadline deadline, Digest* digest);

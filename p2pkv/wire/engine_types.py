@@ -29,6 +29,11 @@ class EngineType(enum.IntEnum):
     ERROR = 95
 
 
+ENGINE_PROTOCOL_MIN: Final = 1
+ENGINE_PROTOCOL_MAX: Final = 2
+"""Versions of these messages that this build speaks; ATTACH carries both and READY the highest common one. From 2 on
+the descriptors of the arena's directory may come beside READY."""
+
 NO_PROCESSOR: Final = 0xFFFF
 """In GET: not told."""
 

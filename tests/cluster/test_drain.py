@@ -50,12 +50,14 @@ def test_a_peer_in_mid_read_gets_the_rest_of_what_it_holds(cluster: Cluster) -> 
     with Proxy() as proxy:
         [owner] = cluster.start(1, **options(TCP, **{"peer.advertise": proxy.address}))
         proxy.target = owner.peer_port
-        [reader] = cluster.start(1, seeds=(proxy.address,), **options(TCP, **{"transport.stall_ms": 10_000}))
+        patient = {"transport.stall_ms": 10_000, "transport.streams": 1}
+        [reader] = cluster.start(1, seeds=(proxy.address,), **options(TCP, **patient))
         cluster.connected()
-        keys = new_keys(24)
-        assert all(owner.open(MIB).put(keys, blocks_of(keys, MIB.block_bytes)))
+        first, *keys = new_keys(25)
+        assert all(owner.open(MIB).put([first, *keys], blocks_of([first, *keys], MIB.block_bytes)))
         cache = reader.open(MIB)
-        visible(cache, keys)
+        visible(cache, [first, *keys])
+        assert Read(cache, [first], 20_000).end() == 1  # the next ones are asked for in one request
         proxy.hold_after = 3 << 20
         read = Read(cache, keys, 20_000)
         assert proxy.holding.wait(10)
@@ -80,7 +82,7 @@ def test_new_work_is_refused_while_draining(cluster: Cluster) -> None:
         eventually(lambda: agent.http("/readyz")[0] == 503, 4.0, why="the agent drains")
         with pytest.raises((Busy, AgentUnavailable, DeadlineExceeded)):
             cache.put(new_keys(1), [bytes(SMALL.block_bytes)])
-        assert cache.get_into([key], [bytearray(SMALL.block_bytes)]) == [False]
+        assert cache.get_into(new_keys(1), [bytearray(SMALL.block_bytes)]) == [False]
         refused = holder.ask(engine.Get(SMALL.namespace, [key], 100))
         assert isinstance(refused, engine.EngineError) and refused.code == "draining"
         holder.send(engine.CODEC.encode(engine.ReleaseLease(got.lease)))

@@ -45,6 +45,7 @@ struct Block {
     std::atomic<State> state{State::writing};
     std::atomic<bool> proven{false};  // `checksum` is there, for good
     const uint8_t key_bytes;
+    uint32_t entry = ~uint32_t{0};  // in the directory; Directory::kNowhere: none. Under the store's mutex only
     char key_data[kKeyBytesMax];
     Digest checksum{};
 };

@@ -15,6 +15,9 @@ constexpr double kReclaimAgeRatio = 2.0;
 // Coldest blocks of a layout whose extents are looked at for one without held slots; bounds the time of one reserve.
 constexpr size_t kReclaimVictimsTried = 32;
 
+// Blocks that engines have read by themselves since they were last looked at, and that one reserve moves to the hot end.
+constexpr size_t kSecondChances = 64;
+
 double used_at(const Block& block) { return block.used_at.load(std::memory_order_relaxed); }
 
 }  // namespace
@@ -22,7 +25,11 @@ double used_at(const Block& block) { return block.used_at.load(std::memory_order
 // Let something go so that a slot of this size may be free; false if nothing can go.
 bool Store::make_room(SizeClass& size, double now) {
     if (expire_locked(now) != 0) return true;  // a deleted block's slot may have come free; else we are called again
-    Block* own = size.lru.victim([this](const Block& block) { return held(block); });
+    // Bounded: an engine that marks everything all the time gets no more than this many blocks looked at.
+    size_t chances = kSecondChances;
+    Block* own = size.lru.victim(
+        [&](Block& block) { return held(block) || (chances != 0 && used_unasked(block, now) && chances-- != 0); });
+    if (own == nullptr && chances != kSecondChances) own = size.lru.victim([this](Block& block) { return held(block); });
     if (sizes_.size() > 1 && reclaim_extent(size, own, now)) return true;
     if (own == nullptr) return false;
     evict(*own);

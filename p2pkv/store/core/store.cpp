@@ -30,6 +30,13 @@ Store::~Store() = default;
 
 // ---- namespaces
 
+void Store::publish(int table_fd, int marks_fd, uint64_t entries) {
+    auto directory = std::make_unique<Directory>(table_fd, marks_fd, options_.capacity_bytes, entries,
+                                                 options_.lease_seed ? mix64(*options_.lease_seed + 1) : random64());
+    const std::lock_guard lock(mutex_);
+    directory_ = std::move(directory);
+}
+
 bool Store::open(uint64_t space, uint64_t block_bytes, uint64_t salt, uint64_t slot_bytes) {
     if (block_bytes == 0 || block_bytes > UINT32_MAX || block_bytes > slot_bytes)
         throw std::invalid_argument("a block is between 1 byte and its slot long");
@@ -116,6 +123,7 @@ Ended Store::commit(Block& block, const Digest& checksum, double now) {
     block.state.store(State::live, kRelaxed);
     space.listed.push_back(block);
     space.size.lru.insert(block);
+    if (directory_ != nullptr) block.entry = directory_->add(space.id, block.key(), block.offset, block.length);
     live_bytes_ += block.length;
     ++counters_.commits;
     events_.add(index_key(space, block.key()), Tier::dram);
@@ -397,9 +405,20 @@ void Store::use(Block& block, double now) {
     block.home->size.lru.access(block);
 }
 
+// Whether an engine has read it by itself since this was last asked: then it is as good as used now.
+bool Store::used_unasked(Block& block, double now) {
+    if (block.entry == Directory::kNowhere || !directory_->take_mark(block.entry)) return false;
+    block.used_at.store(now, kRelaxed);
+    return true;
+}
+
 // Unlist a live block and free its slot, now or when the last lease on it ends.
 void Store::unlist(Block& block) {
     Space& space = *block.home;
+    if (block.entry != Directory::kNowhere) {
+        directory_->remove(block.entry, space.id, block.key());
+        block.entry = Directory::kNowhere;
+    }
     space.blocks.erase(block);
     space.listed.erase(block);
     space.size.lru.remove(block);

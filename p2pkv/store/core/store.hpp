@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "block.hpp"
+#include "directory.hpp"
 #include "events.hpp"
 #include "lease_ids.hpp"
 #include "leases.hpp"
@@ -118,6 +119,10 @@ class Store {
 
     // ---- namespaces
 
+    // From now on tell engines in shared memory what is here; before anything is. Throws std::system_error.
+    void publish(int table_fd, int marks_fd, uint64_t entries);
+    const Directory* directory() const { return directory_.get(); }
+
     // False: a block is larger than the arena. Again: nothing changes. Throws std::invalid_argument: the slot is not whole
     // pages, or smaller than the block.
     bool open(uint64_t space, uint64_t block_bytes, uint64_t salt, uint64_t slot_bytes);
@@ -176,6 +181,7 @@ class Store {
     size_t affordable(const Blocks& blocks, uint64_t block_bytes, uint64_t holder) const;
     Ended end_writing(Block& block);
     void use(Block& block, double now);
+    bool used_unasked(Block& block, double now);
     void unlist(Block& block);
     void free_slot(Block& block);
     void evict(Block& block);
@@ -199,6 +205,7 @@ class Store {
     std::unordered_map<uint64_t, std::unique_ptr<Space>> spaces_;
     std::vector<std::unique_ptr<SizeClass>> sizes_;  // the oldest first
     std::unordered_map<uint64_t, std::vector<Block*>> parked_;
+    std::unique_ptr<Directory> directory_;  // null: engines ask for everything
     Counters counters_{};
     uint64_t live_bytes_ = 0;
     uint64_t pinned_bytes_ = 0;

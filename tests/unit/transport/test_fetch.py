@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pkv.transport.base import PullRequest, PullResult
+from p2pkv.transport.breaker import Fault
 from p2pkv.transport.deal import TRIES_MAX
 from p2pkv.transport.fetch import Fetcher
 from p2pkv.transport.peers import Peers
@@ -230,11 +231,11 @@ async def test_a_holder_that_answers_is_not_silent(bad: Status) -> None:
     assert len(bench.peers[1].asked) == 2
 
 
-async def test_who_sends_wrong_bytes_twice_is_not_asked_again() -> None:
+async def test_who_sends_nothing_but_wrong_bytes_is_not_asked_again() -> None:
     bench = Bench(gives(lambda _: Status.REJECTED))
-    for key in KEYS[:4]:
+    for key in KEYS[:6]:
         assert Status.OK not in await bench.fetch([key])
-    assert len(bench.peers[1].asked) == 2
+    assert len(bench.peers[1].asked) == Fault.WRONG.value
 
 
 async def test_a_busy_holder_is_asked_again_after_a_pause() -> None:
