@@ -69,7 +69,7 @@ class Phase(NamedTuple):
 
 PHASES: Final = (
     Phase(64 * KIB, 768, 32 * MIB, (Case("64KiB", 1, 1), Case("64KiB.local", 1, 1, local=True))),
-    Phase(256 * KIB, 320, 64 * MIB, (Case("256KiB", 1, 1),)),
+    Phase(256 * KIB, 320, 64 * MIB, (Case("256KiB", 1, 1), Case("16x256KiB", 16, 2))),
     Phase(
         MIB,
         288,
