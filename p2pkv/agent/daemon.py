@@ -29,6 +29,7 @@ from p2pkv.agent.suspicion import FEATURE as SUSPECT
 from p2pkv.agent.suspicion import Suspicion
 from p2pkv.agent.tokenizers import Tokenizers
 from p2pkv.agent.transports import Transports
+from p2pkv.agent.worth import Worth
 from p2pkv.config import Config, is_loopback, parse_size
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.gossip.views import PeerView
@@ -207,6 +208,12 @@ class Agent:
             salt=self.node,
         )
         exits.push_async_callback(self.sources.stop)
+        self.service.worth = Worth(
+            self.sources.peers,
+            link_bytes_per_s=self.sources.link_bytes_per_s,
+            salt=self.node,
+            try_one=self.service.try_one,
+        )
         exits.push_async_callback(self.service.fetcher.stop)
         exits.push_async_callback(self.transports.stop)
         await self.transports.start()

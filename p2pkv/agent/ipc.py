@@ -28,6 +28,7 @@ from p2pkv.agent.service import CacheService, Ready
 from p2pkv.errors import Busy, ConfigError, InvalidArgument, LayoutMismatch, P2PKVError, RemoteProtocolError
 from p2pkv.store.directory import DirectoryFiles
 from p2pkv.transport.movers import Code
+from p2pkv.transport.plan import Prefill
 from p2pkv.types import Layout, Status
 from p2pkv.wire.engine import (
     CODEC,
@@ -390,7 +391,10 @@ class EngineConnection:
 
     def _on_match(self, message: MatchKeys, request_id: int) -> None:
         self._check_namespace(message.namespace)
-        self._send(self._service.match(message.namespace, message.keys, detail=message.detail), request_id)
+        self._send(
+            self._service.match(message.namespace, message.keys, detail=message.detail, prefill=_prefill(message)),
+            request_id,
+        )
 
     def _on_release(self, message: ReleaseLease, request_id: int) -> None:
         self._service.store.release(message.lease, time.monotonic(), self.id)
@@ -496,7 +500,13 @@ class EngineConnection:
         async def load() -> None:
             deadline_s = min(message.deadline_ms, DEADLINE_MS_MAX) / 1000
             done = await self._service.load_blocks(
-                message.namespace, message.keys, region, message.slots, deadline_s, self.id
+                message.namespace,
+                message.keys,
+                region,
+                message.slots,
+                deadline_s,
+                self.id,
+                prefill=_prefill(message),
             )
             self._send(done, request_id)
 
@@ -591,3 +601,11 @@ class EngineConnection:
         del self._out[:sent]
         if not self._out:
             self._loop.remove_writer(self._sock.fileno())
+
+
+def _prefill(message: MatchKeys | Load) -> Prefill | None:
+    """The engine's pace, where it knows it."""
+    if not message.prefill_us:
+        return None
+    overhead_us = message.overhead_us if isinstance(message, MatchKeys) else 0
+    return Prefill(message.prefill_us / 1e6, message.prefill_more_ns / 1e9, overhead_us / 1e6)

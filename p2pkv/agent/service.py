@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from array import array
 from collections import Counter
@@ -18,6 +19,7 @@ import msgspec
 
 from p2pkv.agent.lane import EngineLane, Landed
 from p2pkv.agent.regions import MappedRegion
+from p2pkv.agent.worth import HERE, Worth, race_s
 from p2pkv.errors import Busy, InvalidArgument, LayoutMismatch
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import Holder, PrefixIndex
@@ -28,6 +30,7 @@ from p2pkv.transport.base import Held, HeldBlock
 from p2pkv.transport.estimates import Moved
 from p2pkv.transport.fetch import Fetcher, PullCounts
 from p2pkv.transport.movers import Code, Movers, Work
+from p2pkv.transport.plan import Plan, Prefill
 from p2pkv.transport.plan import Source as PeerSource
 from p2pkv.types import Layout, Status, Tier, index_key, namespace_salt
 from p2pkv.wire.engine import Done, Matched, NodeMatch
@@ -38,6 +41,10 @@ log = logging.getLogger(__name__)
 
 SELF_SLOT: Final = 0
 """The index's slot of this node's own blocks."""
+
+
+TRY_S: Final = 10.0
+"""For a block that is pulled only to see: on a slow link it takes seconds."""
 
 
 class Ready(NamedTuple):
@@ -99,6 +106,7 @@ class CacheService:
         self.fetcher: Fetcher[Reservation] | None = (
             None  # set once the cell is joined; without it every remote block is a miss
         )
+        self.worth: Worth | None = None  # with the fetcher
         self.lane: EngineLane | None = None  # what answers GETs without us, once it is there
         self.stats = ServiceStats()
         self._slot_node = slot_node
@@ -203,8 +211,29 @@ class CacheService:
             out.append(sources)
         return out
 
-    def match(self, namespace: int, hashes: Sequence[bytes], *, detail: bool) -> Matched:
-        """Who holds how much of a chain; no network."""
+    def sources(self, namespace: int, hashes: Sequence[bytes]) -> list[list[PeerSource]]:
+        """Per hash where it can be had: here, else at live peers, by the local index."""
+        local = self.store.present(namespace, hashes)
+        holders = self.holders(namespace, hashes)
+        return [[HERE] if here else there for here, there in zip(local, holders, strict=True)]
+
+    def plan(
+        self, namespace: int, hashes: Sequence[bytes], prefill: Prefill | None, deadline_s: float = math.inf
+    ) -> Plan:
+        """How a chain would be pulled now, and, where the engine's pace is known, how far that pays."""
+        assert self.worth is not None
+        return self.worth.plan(
+            self.sources(namespace, hashes),
+            block_bytes=self.block_bytes(namespace),
+            prefill=prefill,
+            deadline_s=deadline_s,
+        )
+
+    def match(
+        self, namespace: int, hashes: Sequence[bytes], *, detail: bool, prefill: Prefill | None = None
+    ) -> Matched:
+        """Who holds how much of a chain; no network. ``prefill``: what computing takes whoever asks; blocks of peers
+        that would come later than that are not named. None: all are."""
         keys = self._keys(namespace, hashes)
         local = self.store.present(namespace, hashes)
         anywhere = self.index.contains_any(keys)
@@ -212,6 +241,8 @@ class CacheService:
             Source.LOCAL if here else (Source.PEER if there else Source.NONE)
             for here, there in zip(local, anywhere, strict=True)
         )
+        if prefill is not None and Source.PEER in present:
+            present = self._worth_pulling(namespace, hashes, present, prefill)
         nodes: list[NodeMatch] = []
         if detail:
             for row in self.index.match(keys):
@@ -219,6 +250,17 @@ class CacheService:
                 if node is not None:
                     nodes.append(NodeMatch(int(node), row.depth, *row.by_tier))
         return Matched(present, _prefix(local), _prefix(present), nodes)
+
+    def _worth_pulling(self, namespace: int, hashes: Sequence[bytes], present: bytes, prefill: Prefill) -> bytes:
+        """``present`` without the blocks of peers that are sooner computed."""
+        assert self.worth is not None
+        sources = self.sources(namespace, hashes)
+        planned = self.worth.plan(
+            sources, block_bytes=self.block_bytes(namespace), prefill=prefill, deadline_s=math.inf
+        )
+        self.worth.refuse(planned, namespace, hashes, sources)
+        behind = bytes(Source.NONE if source == Source.PEER else source for source in present[planned.stop :])
+        return present[: planned.stop] + behind
 
     def _keys(self, namespace: int, hashes: Sequence[bytes]) -> array[int]:
         salt = namespace_salt(namespace)
@@ -250,12 +292,14 @@ class CacheService:
         still_wanted: Callable[[], bool] = lambda: True,
         excluded: Sequence[int] = (),
         failed: Mapping[int, Status] | None = None,
+        give_up_s: Sequence[float] = (),
     ) -> asyncio.Future[None] | None:
         """Pull what :meth:`get_local` did not find; ``on_ready`` gets what is settled, as it is settled.
 
         The last call has ``more`` False and comes before the returned future is done; ``None``: it has come already.
         ``still_wanted``: once it is False nothing more is held for the caller. ``excluded``: nodes that have been asked
-        already, and what that did by position of the key in ``failed``.
+        already, and what that did by position of the key in ``failed``. ``give_up_s``: by position of the key, see
+        :meth:`~p2pkv.transport.fetch.Fetcher.fetch`.
         """
         here = set(have)
         missing = [i for i in range(len(keys)) if i not in here]
@@ -282,7 +326,13 @@ class CacheService:
 
         worst = {position: failed[i] for position, i in enumerate(missing) if i in failed} if failed else None
         return self.fetcher.fetch(
-            namespace, [keys[i] for i in missing], deadline_s, on_fetched, excluded=excluded, worst=worst
+            namespace,
+            [keys[i] for i in missing],
+            deadline_s,
+            on_fetched,
+            excluded=excluded,
+            worst=worst,
+            give_up_s=[give_up_s[i] for i in missing] if give_up_s else (),
         )
 
     def _settle(
@@ -306,6 +356,11 @@ class CacheService:
             ready.sources.append(Source.NONE if block is None else Source.PEER)
             ready.extents.append(Extent(0, 0) if block is None else Extent(block.offset, block.length))
         return ready
+
+    def try_one(self, namespace: int, key: bytes) -> None:
+        """Pull one block in the background, to see how its holders are by now."""
+        if self.fetcher is not None:
+            self.fetcher.fetch(namespace, [key], TRY_S, _nobody_waits, background=True)
 
     # --- engines: regions ---
 
@@ -371,8 +426,13 @@ class CacheService:
         slots: Sequence[int],
         deadline_s: float,
         holder: int,
+        *,
+        prefill: Prefill | None = None,
     ) -> Done:
-        """Write blocks into slots of a region; what arrives is copied while the rest is on its way."""
+        """Write blocks into slots of a region; what arrives is copied while the rest is on its way.
+
+        ``prefill``: what computing takes whoever asks; what falls behind that is given up.
+        """
         deadline = self._clock() + deadline_s
         addresses = region.addresses(slots)
         statuses = bytearray([Status.TIMEOUT]) * len(keys)
@@ -409,6 +469,9 @@ class CacheService:
             wanted = True
             try:
                 if local.more:
+                    give_up: Sequence[float] = ()
+                    if prefill is not None:
+                        give_up = race_s(self.plan(namespace, keys, prefill), len(keys), prefill)
                     fetching = self.get_rest(
                         namespace,
                         keys,
@@ -417,6 +480,7 @@ class CacheService:
                         holder,
                         lambda ready: copies.append(asyncio.ensure_future(copy_out(ready))),
                         lambda: wanted,
+                        give_up_s=give_up,
                     )
                     if fetching is not None:
                         await asyncio.wait([fetching])
@@ -476,6 +540,10 @@ class CacheService:
     def key_of(self, namespace: int, block_hash: bytes) -> int:
         """A block's key in the index."""
         return index_key(namespace, block_hash)
+
+
+def _nobody_waits(position: int, status: Status) -> None:
+    """Of what is pulled to see."""
 
 
 def _prefix(flags: Sequence[int | bool]) -> int:

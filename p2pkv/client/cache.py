@@ -39,7 +39,7 @@ from p2pkv.errors import (
 )
 from p2pkv.light import TYPE_CHECKING, Any, Final, NamedTuple
 from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
-from p2pkv.wire.engine_types import EngineType, Source
+from p2pkv.wire.engine_types import EngineType, Pace, Source
 from p2pkv.wire.frame import Frame
 from p2pkv.wire.limits import KEYS_MAX
 
@@ -50,6 +50,8 @@ PAGE: Final = 4096
 DEADLINE_MS: Final = 2_000
 STAGING_BYTES: Final = 32 << 20
 """Per cache, allocated at the first put: enough that one copy hides behind the other."""
+
+UNKNOWN_PACE: Final = Pace()
 
 _STORED: Final = frozenset({Status.OK, Status.EXISTS})
 
@@ -245,14 +247,17 @@ class Cache:
 
     # --- jobs: never wait ---
 
-    def submit_match(self, keys: Sequence[bytes], *, deadline_ms: int = DEADLINE_MS) -> int:
+    def submit_match(self, keys: Sequence[bytes], *, deadline_ms: int = DEADLINE_MS, pace: Pace = UNKNOWN_PACE) -> int:
         """Ask who holds these blocks; the answer comes out of :meth:`AgentClient.poll`.
+
+        ``pace``: what computing takes this engine, from the first key on. The keys are then a chain, and blocks that a
+        peer has but that would come later than they are computed are answered as if nobody had them.
 
         Raises (all three submits):
             Busy: too much is unanswered. AgentUnavailable: not connected (a connection is being made).
         """
         _check_keys(keys)
-        return self._client.submit(MatchKeys(self.namespace, list(keys), False), "match", len(keys), deadline_ms)
+        return self._client.submit(MatchKeys(self.namespace, list(keys), False, *pace), "match", len(keys), deadline_ms)
 
     def store(self, keys: Sequence[bytes], region: Region, slots: Sequence[int], *, deadline_ms: int = 10_000) -> int:
         """Copy slots of a region into the agent's store. They must not change until the job's result."""
@@ -260,10 +265,22 @@ class Cache:
         request = Store(self.namespace, list(keys), region.number, list(slots), deadline_ms)
         return self._client.submit(request, "store", len(keys), deadline_ms)
 
-    def load(self, keys: Sequence[bytes], region: Region, slots: Sequence[int], deadline_ms: int = DEADLINE_MS) -> int:
-        """Write blocks, from this host or from peers, into slots of a region. They are the agent's until the result."""
+    def load(
+        self,
+        keys: Sequence[bytes],
+        region: Region,
+        slots: Sequence[int],
+        deadline_ms: int = DEADLINE_MS,
+        *,
+        pace: Pace = UNKNOWN_PACE,
+    ) -> int:
+        """Write blocks, from this host or from peers, into slots of a region. They are the agent's until the result.
+
+        ``pace``: what computing takes this engine. What falls behind that is given up before the deadline, the rest of
+        the chain with it.
+        """
         _check_keys(keys, slots)
-        request = Load(self.namespace, list(keys), region.number, list(slots), deadline_ms)
+        request = Load(self.namespace, list(keys), region.number, list(slots), deadline_ms, pace.block_us, pace.more_ns)
         return self._client.submit(request, "load", len(keys), deadline_ms)
 
 

@@ -90,6 +90,8 @@ class Load(NamedTuple):
     region: int
     slots: Sequence[int]
     deadline_ms: int
+    prefill_us: int = 0
+    prefill_more_ns: int = 0
 
 
 class MatchKeys(NamedTuple):
@@ -98,6 +100,9 @@ class MatchKeys(NamedTuple):
     namespace: int
     keys: Sequence[bytes]
     detail: bool
+    prefill_us: int = 0
+    prefill_more_ns: int = 0
+    overhead_us: int = 0
 
 
 # --- answers ---

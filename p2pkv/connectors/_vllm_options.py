@@ -28,6 +28,9 @@ class TierOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     load_deadline_ms: int = 2000
     """How long the agent may take to bring one request's blocks. Beyond it vLLM computes what is missing, so more than
     the prefill of a long prompt takes is wasted."""
+    cost_aware: bool = True
+    """Whether blocks are pulled from peers only as far as that is quicker than computing them, by what both are seen to
+    take here. If not, whatever a peer has is pulled, within the deadline."""
     open_jobs_max: int = 1024
     """Loads and stores in flight; beyond it blocks are not stored, and loads fail at once."""
     new_weights_on_reset: bool = True

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, Protocol
 
 from p2pkv.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch, P2PKVError, Unavailable
 from p2pkv.types import Layout
+from p2pkv.wire.engine_types import Pace
 
 logger = logging.getLogger("vllm.p2pkv")
 
@@ -44,9 +45,11 @@ class CacheHandle(Protocol):
     """One layout's cache. The submitting calls return at once with a job number, or raise ``Unavailable``/``Busy``."""
 
     def map_region(self, fd: int, *, slots: int, slot_bytes: int) -> Any: ...
-    def submit_match(self, keys: Sequence[bytes]) -> int: ...
+    def submit_match(self, keys: Sequence[bytes], *, pace: Pace) -> int: ...
     def store(self, keys: Sequence[bytes], region: Any, slots: Sequence[int]) -> int: ...
-    def load(self, keys: Sequence[bytes], region: Any, slots: Sequence[int], *, deadline_ms: int) -> int: ...
+    def load(
+        self, keys: Sequence[bytes], region: Any, slots: Sequence[int], *, deadline_ms: int, pace: Pace
+    ) -> int: ...
 
 
 class Client(Protocol):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -47,9 +47,11 @@ from p2pkv.connectors import _vllm_metrics as metrics
 from p2pkv.connectors._vllm_layout import find_vllm_config, layouts_of
 from p2pkv.connectors._vllm_lookup import Answer, LookupTable
 from p2pkv.connectors._vllm_options import parse_options
+from p2pkv.connectors._vllm_pace import PrefillPace
 from p2pkv.connectors._vllm_session import CacheHandle, Client, JobUpdate, SessionKeeper
 from p2pkv.errors import AgentUnavailable, Busy, ConfigError, P2PKVError
 from p2pkv.types import Layout
+from p2pkv.wire.engine_types import Pace
 
 # Below "vllm", so that vLLM's logging configuration shows it.
 logger = init_logger("vllm.p2pkv")
@@ -75,6 +77,7 @@ class _Job:
     request_id: str
     is_load: bool
     submitted: float
+    positions: Mapping[OffloadKey, int]  # end token of each key of the request, as far as vLLM tells
     parts: int = 0  # client jobs still open
     failed: list[OffloadKey] = field(default_factory=list)
     done: list[OffloadKey] = field(default_factory=list)
@@ -133,6 +136,7 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
             tenant=self._options.tenant,
         )
         self._resets = 0
+        self._pace = PrefillPace()
         self._lookups = LookupTable(
             deadline_s=self._options.lookup_deadline_ms / 1000, promised_max=len(primary_kv_view)
         )
@@ -184,14 +188,19 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """What was known of a request is out of date once it is scheduled or preempted."""
+        now = time.monotonic()
+        self._pace.stepped(now)
         for request_id in context.new_req_ids:
             self._lookups.scheduled(request_id)
+            self._pace.scheduled(request_id, now)
         for request_id in context.preempted_req_ids:
             self._lookups.scheduled(request_id)
+            self._pace.finished(request_id)
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         """Forget the request. Its jobs in flight go on to their end."""
         self._lookups.finished(req_context.req_id)
+        self._pace.finished(req_context.req_id)
 
     def _ask(self, key: OffloadKey, req_context: ReqContext, now: float) -> None:
         group = get_offload_group_idx(key)
@@ -200,22 +209,46 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
         positions = {k: position for k, position in known.items() if k[-4:] == key[-4:]}
         keys = self._lookups.to_ask(req_context.req_id, key, positions, group)
         session = self._session.current
+        is_chain = bool(keys) and keys[0] == key  # not a windowed group, which is scanned backward
         for batch in batched(keys, KEYS_PER_MESSAGE):
+            pace = self._pace_from(batch[0], positions, group) if is_chain else Pace()
             try:
                 if session is None:
                     raise AgentUnavailable("no session with the agent")
-                question = session.caches[group].submit_match([get_offload_block_hash(k) for k in batch])
+                question = session.caches[group].submit_match([get_offload_block_hash(k) for k in batch], pace=pace)
             except P2PKVError as error:
                 self._stats.count(metrics.LOOKUP_FAILURES, len(batch), self._note_refusal(error))
                 self._lookups.refused(req_context.req_id, batch)
             else:
                 self._lookups.asked(req_context.req_id, batch, question, now)
 
+    def _pace_from(self, key: OffloadKey, positions: Mapping[OffloadKey, int], group: int) -> Pace:
+        """What computing takes from a block on; unknown, too, where costs are not to decide."""
+        if not self._options.cost_aware:
+            return Pace()
+        return self._pace.of(self._position_of(key, positions, group))
+
+    def _position_of(self, key: OffloadKey, positions: Mapping[OffloadKey, int], group: int) -> int:
+        """A block's place in its chain, as far as vLLM tells."""
+        end_tokens = positions.get(key, 0)
+        return max(0, end_tokens // self._layouts[group].block_tokens - 1)
+
     # --- jobs ---
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         """Have the agent copy the slots' blocks. If it cannot take them now, the job ends at once, as not stored."""
+        self._note_computed(job_metadata)
         self._submit(job_metadata, is_load=False)
+
+    def _note_computed(self, metadata: TransferJob) -> None:
+        """New blocks of a request: how long have they taken?"""
+        keys = list(metadata.keys)
+        if not keys:
+            return
+        group = get_offload_group_idx(keys[0])
+        known = getattr(metadata.req_context, "_offload_key_positions", {})  # private in vLLM
+        positions = [self._position_of(key, known, group) for key in keys if get_offload_group_idx(key) == group]
+        self._pace.computed(metadata.req_context.req_id, min(positions), len(positions), time.monotonic())
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         """Have the agent bring blocks into the slots. If it cannot start now, the job ends at once, as failed."""
@@ -223,7 +256,8 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
         self._submit(job_metadata, is_load=True)
 
     def _submit(self, metadata: TransferJob, *, is_load: bool) -> None:
-        job = _Job(metadata.job_id, metadata.req_context.req_id, is_load, time.monotonic())
+        known = getattr(metadata.req_context, "_offload_key_positions", {})  # private in vLLM
+        job = _Job(metadata.job_id, metadata.req_context.req_id, is_load, time.monotonic(), known)
         by_group: defaultdict[int, tuple[list[OffloadKey], list[int]]] = defaultdict(lambda: ([], []))
         for key, slot in zip(metadata.keys, metadata.chunk_ids.tolist(), strict=True):
             keys, slots = by_group[get_offload_group_idx(key)]
@@ -251,7 +285,8 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
         cache: CacheHandle = session.caches[group]
         hashes = [get_offload_block_hash(key) for key in keys]
         if job.is_load:
-            return cache.load(hashes, session.region, slots, deadline_ms=self._options.load_deadline_ms)
+            pace = self._pace_from(keys[0], job.positions, group)
+            return cache.load(hashes, session.region, slots, deadline_ms=self._options.load_deadline_ms, pace=pace)
         return cache.store(hashes, session.region, slots)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
@@ -342,6 +377,7 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
     def _finish(self, job: _Job) -> None:
         success = not job.failed
         if job.is_load:
+            self._pace.loaded(job.request_id, time.monotonic())
             self._lookups.loaded(job.request_id, job.done)
             self._lookups.load_failed(job.request_id, job.failed)
         self._finished.append(

@@ -25,7 +25,9 @@ STRANGER_SPREAD: Final = 0.5
 """Of a source that nothing was pulled from for long, or ever."""
 STALE_S: Final = 300.0
 """After so long without a transfer an estimate is as unsure as a stranger's."""
-SURPRISE_MAX: Final = 8.0
+WEIGHT_S: Final = 0.1
+"""So does one that took so long: that little came in all that time is as telling as that much came."""
+SURPRISE_MAX: Final = 32.0
 """One transfer counts as at most so many times slower or faster than was expected: it may have met a pause of ours."""
 SECONDS_MIN: Final = 1e-6
 
@@ -52,7 +54,7 @@ class Kept(NamedTuple):
 class _Known:
     """Of one source. The pace is in seconds per byte: a mean of times is what a plan adds up."""
 
-    __slots__ = ("at", "ended", "first_byte_s", "in_flight", "pace", "shared", "transfers", "variance")
+    __slots__ = ("at", "ended", "first_byte_s", "in_flight", "pace", "shared", "stranger", "transfers", "variance")
 
     def __init__(self, first_byte_s: float, pace: float, at: float) -> None:
         self.first_byte_s = first_byte_s
@@ -60,6 +62,7 @@ class _Known:
         self.variance = (STRANGER_SPREAD * pace) ** 2
         self.at = at
         self.ended = -math.inf  # when the last transfer from it did
+        self.stranger = True  # nothing has come from it yet
         self.in_flight = 0  # bytes
         self.transfers = 0
         self.shared = False  # whether some of them have been side by side
@@ -90,6 +93,11 @@ class Estimates:
             busy_s=known.in_flight * known.pace,
             spread=sure + stale * max(0.0, STRANGER_SPREAD - sure),
         )
+
+    def age_s(self, source: Source, now: float) -> float:
+        """Since the last transfer that showed something; infinite: there was none."""
+        known = self._known.get(source)
+        return math.inf if known is None or known.stranger else max(0.0, now - known.at)
 
     def begin(self, source: Source, size: int, now: float) -> None:
         """So many bytes are asked of it. Every call is followed by one of :meth:`end`."""
@@ -122,8 +130,12 @@ class Estimates:
             seconds = min(seconds, now - known.ended)
         known.ended = now
         pace = max(SECONDS_MIN, seconds) / moved.bytes_moved
-        pace = min(max(pace, known.pace / SURPRISE_MAX), known.pace * SURPRISE_MAX)
-        weight = 1.0 - math.exp(-moved.bytes_moved / WEIGHT_BYTES)
+        weight = 1.0 - math.exp(-max(moved.bytes_moved / WEIGHT_BYTES, seconds / WEIGHT_S))
+        if known.stranger:  # anything is better than what is thought of strangers
+            known.stranger = False
+            weight = max(weight, 0.5)
+        else:
+            pace = min(max(pace, known.pace / SURPRISE_MAX), known.pace * SURPRISE_MAX)
         off = pace - known.pace
         known.pace += weight * off
         known.variance = (1.0 - weight) * (known.variance + weight * off * off)
@@ -156,6 +168,7 @@ class Estimates:
             known = self._of(Source(one.node, tier), now)
             known.first_byte_s, known.pace, known.variance = one.first_byte_s, one.pace_s, one.variance
             known.at = now - one.age_s
+            known.stranger = False
             count += 1
         return count
 

@@ -99,6 +99,7 @@ class FetchStats(msgspec.Struct):
     pulls: int = 0
     pulls_failed: int = 0
     pulls_taken_over: int = 0
+    blocks_overtaken: int = 0
     flights_joined: int = 0
 
 
@@ -199,6 +200,7 @@ class Fetcher(Generic[P]):
         excluded: Iterable[int] = (),
         worst: Mapping[int, Status] | None = None,
         background: bool = False,
+        give_up_s: Sequence[float] = (),
     ) -> asyncio.Task[None]:
         """Begin to fetch blocks that are not here; the task ends when every one has been reported and nothing that this
         call began is under way any more.
@@ -207,10 +209,12 @@ class Fetcher(Generic[P]):
         that bytes are on their way to must not be given back; it has a deadline of its own.
 
         ``excluded``: nodes that have been asked already. ``worst``: by position, what they did. ``background``: whoever
-        needs blocks now comes first.
+        needs blocks now comes first. ``give_up_s``: by position, from now: if the first block that is still missing is
+        not here by then, it and all behind it are given up, because whoever wants them is quicker without.
         """
         loop = asyncio.get_running_loop()
         fetch = _Fetch(self, namespace, list(hashes), loop.time() + deadline_s, on_fetched, background)
+        fetch.give_up_at = [loop.time() + seconds for seconds in give_up_s]
         fetch.worst.update(worst or {})
         for node in excluded:
             fetch.deal.exclude(node)
@@ -275,6 +279,8 @@ class _Fetch(Generic[P]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self.give_up_at: list[float] = []
+        self._overtaken = False
         self.worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
         block_bytes = fetcher._landing.block_bytes(namespace)
         self.deal = Deal(
@@ -288,6 +294,10 @@ class _Fetch(Generic[P]):
         try:
             while self._left and (now := self._loop.time()) < self._deadline:
                 self._news.clear()
+                if now >= self._overtaken_at():
+                    self._overtaken = True
+                    self._fetcher.stats.blocks_overtaken += len(self._left)
+                    break
                 self._claim()
                 for position in self.deal.hopeless():
                     self._give_up(position, self.worst.get(position, Status.MISS))
@@ -296,7 +306,7 @@ class _Fetch(Generic[P]):
                         self._pulls[piece].call_off()
                 if not self._left:
                     break
-                await self._wait(min(self._deadline, self.deal.wake_at(now)))
+                await self._wait(min(self._deadline, self.deal.wake_at(now), self._overtaken_at()))
         finally:
             self._fetcher.admission.leave(self)
             flying = {position for piece in self._pulls for position in piece.left}
@@ -306,10 +316,17 @@ class _Fetch(Generic[P]):
                     self._report(position, status)
                 else:
                     self._give_up(position, status)
+            if self._overtaken:
+                for pull in list(self._pulls.values()):
+                    pull.call_off()
             if self._tasks:  # they end by the deadline, too
                 await asyncio.wait(self._tasks)
         for task in self._tasks:
             task.result()
+
+    def _overtaken_at(self) -> float:
+        """When whoever wants the blocks is quicker without those that are missing."""
+        return self.give_up_at[next(iter(self._left))] if self.give_up_at and self._left else math.inf
 
     async def _wait(self, until: float) -> None:
         if self._news.is_set():
@@ -524,7 +541,7 @@ class _Fetch(Generic[P]):
         lost_bytes = pull.size - pull.moved_bytes
         moved = Moved(waited_s, took_s, pull.moved_bytes)
         if pull.call_off.called:
-            self._fetcher.stats.pulls_taken_over += 1
+            self._fetcher.stats.pulls_taken_over += not self._overtaken
             if not pull.moved_bytes:  # it was slower than one block in all this time
                 moved = Moved(0.0, took_s, pull.places[0].length // 2)
             peers.ended(piece.source, lost_bytes, moved)

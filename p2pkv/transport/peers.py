@@ -46,6 +46,10 @@ class Peers:
         """What to expect of a source now."""
         return self.estimates.of(source, self._clock())
 
+    def age_s(self, source: Source) -> float:
+        """Since something was learnt of the source; infinite: nothing was."""
+        return self.estimates.age_s(source, self._clock())
+
     def usable(self, node: int) -> bool:
         """Whether the node may be asked by who needs something of it."""
         return self.breakers.state(node, self._clock()) is State.CLOSED

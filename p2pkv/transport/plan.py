@@ -34,6 +34,19 @@ class Source(NamedTuple):
     tier: Tier
 
 
+class Prefill(NamedTuple):
+    """What computing blocks takes the engine: the first of the chain ``block_s``, each further one ``more_s`` more than
+    the one before it, because there is more to attend to. ``overhead_s``: what a pull costs it besides waiting."""
+
+    block_s: float
+    more_s: float = 0.0
+    overhead_s: float = 0.0
+
+    def of(self, first: int, last: int) -> float:
+        """Seconds for the blocks from position ``first`` to before ``last``."""
+        return (last - first) * self.block_s + self.more_s * (last * (last - 1) - first * (first - 1)) / 2
+
+
 class Estimate(NamedTuple):
     """What is expected of a source now.
 
@@ -68,7 +81,7 @@ class Plan(NamedTuple):
     """Pull the first ``stop`` blocks by these runs; compute the others.
 
     Seconds: until all of the runs are here; of computing what is left then (0 where that is not known); of computing
-    everything instead (infinite where not known).
+    everything instead (infinite where not known). ``ends_s``: per block, until it and all before it are here.
     """
 
     runs: list[Run]
@@ -77,6 +90,7 @@ class Plan(NamedTuple):
     pull_s: float
     rest_s: float
     without_s: float
+    ends_s: list[float]
 
 
 def plan(
@@ -85,7 +99,7 @@ def plan(
     *,
     block_bytes: int,
     deadline_s: float,
-    prefill_block_s: float | None = None,
+    prefill: Prefill | None = None,
     link_bytes_per_s: float = float("inf"),
     salt: int = 0,
 ) -> Plan:
@@ -95,7 +109,7 @@ def plan(
         sources: by block, who has it. The first block that nobody has ends the plan.
         estimate: of a source; asked once of each.
         deadline_s: from now; nothing is planned that would come later.
-        prefill_block_s: what computing one block takes the engine; None: not known, so whatever can come is pulled.
+        prefill: what computing takes the engine; None: not known, so whatever can come is pulled.
         link_bytes_per_s: what this node can receive, of all sources together.
         salt: of this node, so that not all nodes ask the same few of many equal holders.
     """
@@ -103,15 +117,15 @@ def plan(
     stop, limit = len(dealt.ends_s), dealt.limit
     blocks = len(sources)
     without_s = float("inf")
-    if prefill_block_s is not None:
-        without_s = blocks * prefill_block_s
-        best = min(
-            range(stop + 1), key=lambda k: ((dealt.ends_s[k - 1] if k else 0.0) + (blocks - k) * prefill_block_s, -k)
-        )
-        if dealt.ends_s and best:
-            with_s = dealt.ends_s[best - 1] + (blocks - best) * prefill_block_s
-            if with_s > without_s * (1.0 - SAVING_MIN):
-                best = 0
+    if prefill is not None:
+        without_s = prefill.of(0, blocks)
+
+        def with_s(k: int) -> float:
+            return prefill.of(k, blocks) + (prefill.overhead_s + dealt.ends_s[k - 1] if k else 0.0)
+
+        best = min(range(stop + 1), key=lambda k: (with_s(k), -k))
+        if best and with_s(best) > without_s * (1.0 - SAVING_MIN):
+            best = 0
         if best < stop:
             stop, limit = best, Limit.RECOMPUTE
     runs: dict[Source, list[int]] = {}
@@ -122,8 +136,9 @@ def plan(
         stop=stop,
         limit=limit,
         pull_s=dealt.ends_s[stop - 1] if stop else 0.0,
-        rest_s=(blocks - stop) * prefill_block_s if prefill_block_s is not None else 0.0,
+        rest_s=prefill.of(stop, blocks) if prefill is not None else 0.0,
         without_s=without_s,
+        ends_s=dealt.ends_s[:stop],
     )
 
 

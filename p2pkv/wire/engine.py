@@ -84,13 +84,19 @@ class Store(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """Write these blocks into slots of a region, from here or from peers, within the deadline -> DONE."""
+    """Write these blocks into slots of a region, from here or from peers, within the deadline -> DONE.
+
+    ``prefill_us``: what computing the first of these blocks takes the engine, ``prefill_more_ns`` how much more each
+    further one; a pull that is overtaken by that is given up. 0: not known, and whatever comes in time is welcome.
+    """
 
     namespace: U64
     keys: Hashes
     region: U32
     slots: Slots
     deadline_ms: U32
+    prefill_us: U32 = 0
+    prefill_more_ns: U32 = 0
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
@@ -149,11 +155,19 @@ class ReleaseLease(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MatchKeys(msgspec.Struct, frozen=True, array_like=True):
-    """Who holds these blocks, by the local index alone -> MATCHED."""
+    """Who holds these blocks, by the local index alone -> MATCHED.
+
+    ``prefill_us``: what computing the first of these blocks takes the engine, ``prefill_more_ns`` how much more each
+    further one, ``overhead_us`` what a pull costs it besides waiting. The keys are then a chain, and blocks of peers
+    that it would compute sooner than they come are answered as if nobody had them. 0: all blocks are named.
+    """
 
     namespace: U64
     keys: Hashes
     detail: bool
+    prefill_us: U32 = 0
+    prefill_more_ns: U32 = 0
+    overhead_us: U32 = 0
 
 
 class NodeMatch(msgspec.Struct, frozen=True, array_like=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from p2pkv.light import Final
+from p2pkv.light import Final, NamedTuple
 
 
 class EngineType(enum.IntEnum):
@@ -36,6 +36,17 @@ the descriptors of the arena's directory may come beside READY."""
 
 NO_PROCESSOR: Final = 0xFFFF
 """In GET: not told."""
+
+
+class Pace(NamedTuple):
+    """What computing blocks takes an engine: the first of a chain ``block_us``, each further one ``more_ns`` more than
+    the one before it (there is more to attend to); and ``overhead_us``, what a pull costs it besides waiting for it.
+
+    ``block_us`` 0: not known."""
+
+    block_us: int = 0
+    more_ns: int = 0
+    overhead_us: int = 0
 
 
 class Source(enum.IntEnum):

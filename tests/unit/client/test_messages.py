@@ -45,9 +45,9 @@ fields_by_type: dict[EngineType, tuple[st.SearchStrategy[Any], ...]] = {
     EngineType.MAP_REGION: (u32, u64, u64, u32),
     EngineType.UNMAP_REGION: (u32,),
     EngineType.STORE: (u64, keys, u32, slots, u32),
-    EngineType.LOAD: (u64, keys, u32, slots, u32),
+    EngineType.LOAD: (u64, keys, u32, slots, u32, u32, u32),
     EngineType.DONE: (per_key, per_key, u64, u64),
-    EngineType.MATCH: (u64, keys, st.booleans()),
+    EngineType.MATCH: (u64, keys, st.booleans(), u32, u32, u32),
     EngineType.MATCHED: (
         per_key, u32, u32, st.lists(st.builds(engine.NodeMatch, u64, u32, u32, u32, u32, u32), max_size=3),
     ),

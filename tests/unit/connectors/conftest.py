@@ -13,6 +13,7 @@ import pytest
 
 from p2pkv.errors import AgentUnavailable, Busy, P2PKVError
 from p2pkv.types import Layout
+from p2pkv.wire.engine_types import Pace
 
 
 @dataclass
@@ -59,7 +60,8 @@ class FakeCache:
         self.agent.regions.append(region)
         return region
 
-    def submit_match(self, keys: Sequence[bytes]) -> int:
+    def submit_match(self, keys: Sequence[bytes], *, pace: Pace) -> int:
+        self.agent.paces.append(pace)
         self.agent.questions.append(list(keys))
         sources = [self._source(key) for key in keys]
         return self.agent.begin(lambda job: Update(job, "match", [s is not None for s in sources], sources))
@@ -72,7 +74,7 @@ class FakeCache:
 
         return self.agent.begin(copy)
 
-    def load(self, keys: Sequence[bytes], region: Region, slots: Sequence[int], *, deadline_ms: int) -> int:
+    def load(self, keys: Sequence[bytes], region: Region, slots: Sequence[int], *, deadline_ms: int, pace: Pace) -> int:
         def copy(job: int) -> Update:
             sources = [None if key in self.agent.gone else self._source(key) for key in keys]
             for key, slot, source in zip(keys, slots, sources, strict=True):
@@ -103,6 +105,7 @@ class FakeAgent:
     at_peers: set[bytes] = field(default_factory=set)
     gone: set[bytes] = field(default_factory=set)  # promised by match, missing when loaded
     questions: list[list[bytes]] = field(default_factory=list)
+    paces: list[Pace] = field(default_factory=list)
     opened: list[Layout] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     refusal: P2PKVError | None = None  # raised by every submit

@@ -46,10 +46,25 @@ def test_transfers_teach_the_pace_and_the_first_byte() -> None:
 
 def test_one_small_transfer_changes_little() -> None:
     known = Estimates(stranger)
-    pull(known, A, 64 << 10, 1e6, 0.0)
-    assert known.of(A, 0.0).bytes_per_s > 2e8
+    pull(known, A, 64 * MIB, 1e9, 0.0)
+    pull(known, A, 64 << 10, 1e8, 0.0)
+    assert known.of(A, 0.0).bytes_per_s > 8e8
     pull(known, A, 64 * MIB, 1e8, 0.0)
     assert known.of(A, 0.0).bytes_per_s == pytest.approx(1e8, rel=0.2)
+
+
+def test_the_first_transfer_shows_more_than_what_is_thought_of_strangers() -> None:
+    known = Estimates(stranger)
+    pull(known, A, 256 << 10, 1e6, 0.0)
+    assert known.of(A, 0.0).bytes_per_s < 2e6
+
+
+def test_that_little_came_in_a_long_time_is_telling() -> None:
+    known = Estimates(stranger)
+    pull(known, A, 64 * MIB, 1e9, 0.0)
+    for _ in range(3):
+        pull(known, A, 256 << 10, 1e6, 0.0)
+    assert known.of(A, 0.0).bytes_per_s < 2e6
 
 
 def test_a_source_that_becomes_a_hundred_times_slower_is_known_after_two_transfers() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pkv.transport.plan import ASK_S, SOURCES_MAX, Estimate, Limit, Plan, Source, plan
+from p2pkv.transport.plan import ASK_S, SOURCES_MAX, Estimate, Limit, Plan, Prefill, Source, plan
 from p2pkv.types import Tier
 
 MIB = 1 << 20
@@ -18,7 +18,7 @@ HERE = Source(0, Tier.DRAM)
 
 
 def planned(
-    sources: list[list[Source]], estimates: dict[Source, Estimate] | Estimate, deadline_s: float = 60.0, **more: float
+    sources: list[list[Source]], estimates: dict[Source, Estimate] | Estimate, deadline_s: float = 60.0, **more: object
 ) -> Plan:
     known = estimates if isinstance(estimates, dict) else dict.fromkeys(itertools.chain(*sources), estimates)
     return plan(sources, known.__getitem__, block_bytes=MIB, deadline_s=deadline_s, **more)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def test_without_a_rate_of_the_engine_all_that_can_come_is_pulled() -> None:
 
 @pytest.mark.parametrize(("megabits", "pulled"), [(10_000, 32), (1_000, 32), (10, 0)])
 def test_a_link_slower_than_the_engine_is_not_used(megabits: int, pulled: int) -> None:
-    found = planned([[A]] * 32, Estimate(0.001, megabits * 125e3), prefill_block_s=0.02)
+    found = planned([[A]] * 32, Estimate(0.001, megabits * 125e3), prefill=Prefill(0.02))
     assert found.stop == pulled
     assert found.limit is (Limit.COMPLETE if pulled else Limit.RECOMPUTE)
     assert found.pull_s + found.rest_s <= found.without_s
@@ -78,19 +78,21 @@ def test_a_link_slower_than_the_engine_is_not_used(megabits: int, pulled: int) -
 
 def test_a_prefix_is_pulled_as_far_as_its_holder_is_quicker_than_the_engine() -> None:
     slow = Source(9, Tier.SSD)
-    found = planned([[A]] * 10 + [[slow]] * 10, {A: Estimate(0.0, 1e9), slow: Estimate(0.0, 1e6)}, prefill_block_s=0.05)
+    found = planned(
+        [[A]] * 10 + [[slow]] * 10, {A: Estimate(0.0, 1e9), slow: Estimate(0.0, 1e6)}, prefill=Prefill(0.05)
+    )
     assert (found.stop, found.limit) == (10, Limit.RECOMPUTE)
     assert [run.source for run in found.runs] == [A]
 
 
 def test_a_saving_that_is_smaller_than_its_risk_is_left() -> None:
     just = Estimate(0.0, MIB / 0.0099)
-    assert planned([[A]] * 10, just, prefill_block_s=0.01).stop == 0
-    assert planned([[A]] * 10, Estimate(0.0, MIB / 0.009), prefill_block_s=0.01).stop == 10
+    assert planned([[A]] * 10, just, prefill=Prefill(0.01)).stop == 0
+    assert planned([[A]] * 10, Estimate(0.0, MIB / 0.009), prefill=Prefill(0.01)).stop == 10
 
 
 def test_an_uncertain_source_counts_as_slower() -> None:
-    assert planned([[A]] * 10, Estimate(0.0, MIB / 0.009, spread=0.5), prefill_block_s=0.01).stop == 0
+    assert planned([[A]] * 10, Estimate(0.0, MIB / 0.009, spread=0.5), prefill=Prefill(0.01)).stop == 0
     sure, unsure = Estimate(0.0, 1e9), Estimate(0.0, 1.2e9, spread=0.9)
     found = planned([[A, B]], {A: sure, B: unsure})
     assert found.runs[0].source is A
@@ -132,7 +134,7 @@ PACES = st.fixed_dictionaries(
 def test_what_a_plan_says_follows_from_its_runs(
     sources: list[list[Source]], paces: dict[Source, Estimate], block_s: float, deadline_s: float
 ) -> None:
-    found = planned(sources, paces, deadline_s, prefill_block_s=block_s)
+    found = planned(sources, paces, deadline_s, prefill=Prefill(block_s))
     dealt = sorted(position for run in found.runs for position in run.positions)
     assert dealt == list(range(found.stop))
     for i, run in enumerate(found.runs):
@@ -150,7 +152,7 @@ def test_what_a_plan_says_follows_from_its_runs(
 def test_no_other_length_of_the_same_dealing_is_clearly_better(
     sources: list[list[Source]], paces: dict[Source, Estimate], block_s: float
 ) -> None:
-    found = planned(sources, paces, prefill_block_s=block_s)
+    found = planned(sources, paces, prefill=Prefill(block_s))
     for k in range(len(sources) + 1):
         other = planned(sources[:k], paces)
         if other.stop == k:

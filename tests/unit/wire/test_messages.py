@@ -63,6 +63,8 @@ MESSAGES: dict[str, list[st.SearchStrategy[Any]]] = {
         st.builds(peer.Released, st.booleans()),
         st.builds(peer.Get, u64, hashes, u32),
         st.builds(peer.NixlConnect, endpoints, u32),
+        st.builds(peer.Suspect, u64, st.lists(st.binary(min_size=8, max_size=64), min_size=1, max_size=4)),
+        st.builds(peer.Suspected, st.binary(max_size=peer.SUSPECTS_MAX)),
         st.builds(peer.NixlEndpointReply, st.none() | endpoints),
         st.builds(peer.PeerError, names, names, st.lists(names, max_size=3)),
     ],
