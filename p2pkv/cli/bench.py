@@ -111,6 +111,26 @@ def faults(quick: Quick = False, json: Json = False, check: Check = False) -> No
 
 
 @app.command()
+def ttft(
+    model: Annotated[Path, typer.Option(help="Where the small model is kept between runs.")] = Path(
+        ".cache/demo-model"
+    ),
+    quick: Quick = False,
+    json: Json = False,
+    check: Check = False,
+) -> None:
+    """Real vLLM, with p2pkv and without: prompt lengths against link speeds (needs `make vllm`, and root)."""
+    from p2pkv.bench import ttft as bench
+    from p2pkv.bench.progress import Progress
+    from p2pkv.demo.ttft import throttled
+
+    progress = Progress()
+    with throttled(model_dir=model, progress=progress.say) as scene:
+        measured = bench.run(scene, quick=quick, progress=progress)
+    finish(measured, json=json, check=check)
+
+
+@app.command()
 def busy(
     transport: Annotated[str, typer.Option(help="auto, tcp or nixl.")] = "auto",
     model: Annotated[Path, typer.Option(help="Where the small model is kept between runs.")] = Path(

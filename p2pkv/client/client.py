@@ -79,7 +79,7 @@ class AgentClient:
                 cache = self._caches[answer.namespace] = Cache(self, layout, answer.namespace)
             return cache
 
-    def poll(self, timeout_ms: int = 0) -> list[JobResult]:
+    def poll(self, timeout_ms: float = 0) -> list[JobResult]:
         """Results of jobs that have ended since the last call; waits at most ``timeout_ms`` for the first one."""
         deadline = time.monotonic() + timeout_ms / 1000
         while True:

@@ -25,6 +25,10 @@ class TierOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lookup_deadline_ms: int = 50
     """How long a request may wait for the agent's answer before its blocks count as misses. The answer comes from
     memory, typically within 1 ms; more patience only matters on a host without a free core."""
+    lookup_wait_ms: float = 1.0
+    """How long one step of vLLM's scheduler may wait, for all its new requests together, for answers that are just on
+    their way: typically 0.2 ms. A request that is not answered then waits for a whole step more, ten times as long. 0:
+    never wait."""
     load_deadline_ms: int = 2000
     """How long the agent may take to bring one request's blocks. Beyond it vLLM computes what is missing, so more than
     the prefill of a long prompt takes is wasted."""

@@ -10,7 +10,8 @@ only: the agent moves the bytes between the region, its own memory and its peers
 
 What holds (all of it runs on the scheduler's thread, except the session's opening):
 
-* No call blocks, but the constructor (once, for the client's deadline) and :meth:`P2PKVTier.drain_jobs`.
+* No call blocks, but the constructor (once, for the client's deadline) and :meth:`P2PKVTier.drain_jobs`; and a step's
+  lookups may wait for a millisecond in all (``lookup_wait_ms``), since to be answered a step later costs far more.
 * A request is asked for with one message; until the answer is there its keys are RETRY, after the deadline MISS.
 * Whatever fails (no agent, queue full, job lost, block gone) becomes a MISS that vLLM computes, or a block not stored.
 * A job stays open until its end is certain, because until then the agent may touch vLLM's slots: a load that the agent
@@ -62,6 +63,10 @@ STUCK_AFTER_S: Final = 10.0
 DRAIN_POLL_S: Final = 0.001
 SHUTDOWN_DRAIN_S: Final = 2.0
 """How long a leaving engine waits for its last stores. They are worth little more than that."""
+
+WAITS_MAX: Final = 8
+WAIT_S_MIN: Final = 0.00005
+"""Of one step's waits, however little time passed: a clock that stands still must not make it wait for ever."""
 
 KEYS_PER_MESSAGE: Final = 1024
 """Keys of one question or job at the agent, well below what a message may hold; more are split."""
@@ -137,6 +142,7 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
         )
         self._resets = 0
         self._pace = PrefillPace()
+        self._wait_left_s = self._options.lookup_wait_ms / 1000
         self._lookups = LookupTable(
             deadline_s=self._options.lookup_deadline_ms / 1000, promised_max=len(primary_kv_view)
         )
@@ -175,7 +181,7 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
         answer = self._lookups.check(req_context.req_id, key, now)
         if answer is Answer.UNKNOWN:
             self._ask(key, req_context, now)
-            answer = self._lookups.check(req_context.req_id, key, now)
+            answer = self._await_answer(req_context.req_id, key, now)
         if self._lookups.timeouts:
             self._stats.count(metrics.LOOKUP_FAILURES, self._lookups.timeouts, "timeout")
             self._lookups.timeouts = 0
@@ -189,6 +195,7 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """What was known of a request is out of date once it is scheduled or preempted."""
         now = time.monotonic()
+        self._wait_left_s = self._options.lookup_wait_ms / 1000
         self._pace.stepped(now)
         for request_id in context.new_req_ids:
             self._lookups.scheduled(request_id)
@@ -221,6 +228,19 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
                 self._lookups.refused(req_context.req_id, batch)
             else:
                 self._lookups.asked(req_context.req_id, batch, question, now)
+
+    def _await_answer(self, request_id: str, key: OffloadKey, now: float) -> Answer:
+        """Give an answer that is on its way the moment that it takes, as far as this step may still wait."""
+        answer = self._lookups.check(request_id, key, now)
+        for _ in range(WAITS_MAX):  # what comes first may be another's
+            if answer is not Answer.PENDING or self._wait_left_s <= 0.0:
+                break
+            self._take_updates(self._wait_left_s * 1000)
+            until = time.monotonic()
+            self._wait_left_s -= max(until - now, WAIT_S_MIN)
+            now = until
+            answer = self._lookups.check(request_id, key, now)
+        return answer
 
     def _pace_from(self, key: OffloadKey, positions: Mapping[OffloadKey, int], group: int) -> Pace:
         """What computing takes from a block on; unknown, too, where costs are not to decide."""
@@ -325,9 +345,10 @@ class P2PKVTier(SecondaryTierManager):  # type: ignore[misc]
             if self._parts:
                 time.sleep(DRAIN_POLL_S)
 
-    def _take_updates(self) -> None:
+    def _take_updates(self, timeout_ms: float = 0) -> None:
+        updates = self._client.poll(timeout_ms)
         now = time.monotonic()
-        for update in self._client.poll():
+        for update in updates:
             if update.kind == "match":
                 self._answered(update, now)
             else:

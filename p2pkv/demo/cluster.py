@@ -26,6 +26,7 @@ MODEL_S: Final = 300.0
 CHUNK_TOKENS: Final = 256
 MODEL_TOKENS_MAX: Final = 16_384
 SHM: Final = Path("/dev/shm")
+LOOPBACK: Final = "127.0.0.1"
 THREADS_MAX: Final = 16
 """A model this small gains nothing from more."""
 ENGINE_TIMER_SLACK_S: Final = 0.010
@@ -143,14 +144,24 @@ class Cluster:
     def _start_agent(self, i: int, peer_port: int, http_port: int, cores: str) -> AgentNode:
         socket = str(self.directory / f"agent{i}.sock")
         command = [
-            *pinned(cores), sys.executable, "-m", "p2pkv.cli", "agent",
+            *self._prefix(i), *pinned(cores), sys.executable, "-m", "p2pkv.cli", "agent",
             "--socket", socket, "--capacity", self.capacity, "--transport", self.transport,
             "--peer-port", str(peer_port), "--http-port", str(http_port), "--set", "state_dir=:memory:",
         ]  # fmt: skip
+        if self._host(i) != LOOPBACK:
+            command += ["--set", f"peer.host={self._host(i)}", "--set", "peer.insecure=true"]
         if i:
-            command += ["--seed", f"127.0.0.1:{self.agents[0].peer_port}"]
+            command += ["--seed", f"{self._host(0)}:{self.agents[0].peer_port}"]
         child = self._start(f"agent {i}", command, {})
         return AgentNode(child, socket, f"http://127.0.0.1:{http_port}", peer_port, command)
+
+    def _host(self, i: int) -> str:
+        """Where agent ``i`` listens for peers."""
+        return LOOPBACK
+
+    def _prefix(self, i: int) -> list[str]:
+        """In front of the command of agent ``i``."""
+        return []
 
     # --- replicas ---
 

@@ -75,6 +75,8 @@ class FakeCache:
         return self.agent.begin(copy)
 
     def load(self, keys: Sequence[bytes], region: Region, slots: Sequence[int], *, deadline_ms: int, pace: Pace) -> int:
+        self.agent.paces.append(pace)
+
         def copy(job: int) -> Update:
             sources = [None if key in self.agent.gone else self._source(key) for key in keys]
             for key, slot, source in zip(keys, slots, sources, strict=True):
@@ -106,6 +108,8 @@ class FakeAgent:
     gone: set[bytes] = field(default_factory=set)  # promised by match, missing when loaded
     questions: list[list[bytes]] = field(default_factory=list)
     paces: list[Pace] = field(default_factory=list)
+    waited_ms: list[float] = field(default_factory=list)
+    answers_while_waited: bool = False
     opened: list[Layout] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     refusal: P2PKVError | None = None  # raised by every submit
@@ -123,7 +127,10 @@ class FakeAgent:
         self.opened.append(layout)
         return FakeCache(self, layout)
 
-    def poll(self) -> list[Update]:
+    def poll(self, timeout_ms: float = 0) -> list[Update]:
+        self.waited_ms.append(timeout_ms)
+        if timeout_ms and self.answers_while_waited:
+            self.run()
         done, self._done = self._done, []
         return done
 

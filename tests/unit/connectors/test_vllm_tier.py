@@ -444,3 +444,65 @@ def test_everything_reported_is_defined_with_its_labels(start: Callable[..., Eng
     assert observed[metrics.LOAD_FAILURES] == {("missing",): 1}
     assert observed[metrics.STORE_BYTES] == {(): ROW}
     assert engine.tier.get_stats() is None
+
+
+# --- waiting for answers, and what computing takes ---
+
+
+def test_an_answer_that_comes_within_the_steps_patience_needs_no_other_step(
+    start: Callable[..., Engine], agent: Any
+) -> None:
+    engine = start()
+    engine.hold_everywhere(HASHES[:2])
+    agent.answers_while_waited = True
+    context = engine.request("r")
+    assert engine.lookups(context)[:3] == [LookupResult.HIT, LookupResult.HIT, LookupResult.MISS]
+
+
+def test_a_step_waits_so_long_in_all_and_not_for_each_request(start: Callable[..., Engine], agent: Any) -> None:
+    engine = start(lookup_wait_ms=2.0)
+    for number in range(100):
+        engine.lookups(engine.request(f"r{number}"), [bytes([number]) * 16 + bytes(4)])
+    assert 0 < sum(agent.waited_ms) <= 100.0, "each wait is for what is left"
+    assert max(agent.waited_ms) <= 2.0
+    waits = len([wait for wait in agent.waited_ms if wait > 0])
+    engine.lookups(engine.request("late"), [bytes([200]) * 16 + bytes(4)])
+    assert len([wait for wait in agent.waited_ms if wait > 0]) == waits, "the step's patience is used up"
+    engine.step_ends()
+    engine.lookups(engine.request("next"), [bytes([201]) * 16 + bytes(4)])
+    assert len([wait for wait in agent.waited_ms if wait > 0]) > waits
+
+
+def test_patience_of_nothing_never_waits(start: Callable[..., Engine], agent: Any) -> None:
+    engine = start(lookup_wait_ms=0)
+    engine.lookups(engine.request("r"))
+    assert not any(agent.waited_ms)
+
+
+def computed(engine: Engine, name: str, keys: Sequence[bytes], seconds: float) -> None:
+    """A request that is scheduled, takes so long, and offers its blocks."""
+    context = engine.request(name, keys)
+    engine.step_ends(new=[name])
+    engine.clock.now += seconds
+    engine.step_ends()
+    engine.job(context, keys, list(range(len(keys))), load=False)
+    engine.tier.on_request_finished(context)
+
+
+def test_what_blocks_take_goes_along_with_questions_and_loads(start: Callable[..., Engine], agent: Any) -> None:
+    engine = start()
+    for number in range(6):
+        computed(engine, f"r{number}", KEYS, 0.1 * len(KEYS))
+    agent.run()
+    engine.lookups(engine.request("asks"))
+    assert agent.paces[-1].block_us == pytest.approx(100_000, rel=0.01)
+    engine.job(engine.request("loads"), KEYS, list(range(len(KEYS))), load=True)
+    assert agent.paces[-1].block_us == pytest.approx(100_000, rel=0.01)
+
+
+def test_where_costs_are_not_to_decide_the_agent_is_told_of_none(start: Callable[..., Engine], agent: Any) -> None:
+    engine = start(cost_aware=False)
+    for number in range(6):
+        computed(engine, f"r{number}", KEYS, 0.1 * len(KEYS))
+    engine.lookups(engine.request("asks"))
+    assert {pace.block_us for pace in agent.paces} == {0}

@@ -1,0 +1,120 @@
+"""``p2pkv bench ttft``: the time to first token with p2pkv against without it, over prompt lengths and link speeds.
+
+Real engines: one computes each prompt first; then one beside an agent that can pull it, and one without p2pkv, are asked
+for it, in random order. The link that the holder sends through is throttled. What nobody has is asked for, too.
+
+Each prompt is new, so nothing is measured twice; what the agents have learnt of the link and the engine of itself stays
+from point to point, as it does in life. So the first prompts after the link has changed are planned with what it was.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from p2pkv.bench import report
+from p2pkv.bench.progress import Progress
+from p2pkv.bench.report import Claim, Report, Row, at_most, percentile, ratio, rounded
+
+TOKENS: Final = (256, 512, 1024, 2048, 4096, 8192)
+TOKENS_QUICK: Final = (256, 2048)
+RATES: Final = (10e9, 1e9, 300e6, 100e6, 30e6, 10e6)
+RATES_QUICK: Final = (10e9, 10e6)
+REPEATS: Final = 5
+REPEATS_QUICK: Final = 2
+COLD_TOKENS: Final = 1024
+COLD: Final = 15
+COLD_QUICK: Final = 3
+
+
+class Asked(Protocol):
+    """One prompt asked of both engines."""
+
+    @property
+    def with_s(self) -> float: ...
+    @property
+    def without_s(self) -> float: ...
+    @property
+    def from_peer_tokens(self) -> int: ...
+    @property
+    def right(self) -> bool: ...
+
+
+class Scene(Protocol):
+    """The engines. :class:`p2pkv.demo.ttft.Throttled` is one; this package knows no engine."""
+
+    def set_rate(self, bits_per_s: float) -> None: ...
+    def ask(self, tokens: int) -> Asked: ...
+    def ask_cold(self, tokens: int) -> Asked: ...
+    def questions_to_peers(self) -> int: ...
+
+
+class Point(Row, frozen=True, kw_only=True):
+    """One prompt length at one speed of the link (0: nobody has the prompts). Times are medians; ``pulled``: of the
+    prompt's whole blocks, in all repeats together; ``worst``: of the repeats' own ratios."""
+
+    tokens: int
+    mbit_s: float
+    with_ms: float | None
+    without_ms: float | None
+    ratio: float | None
+    worst: float | None
+    pulled: float
+    repeats: int
+    right: bool
+
+
+def run(scene: Scene, *, quick: bool = False, progress: Progress | None = None) -> Report:
+    """Measure all points: the link becomes slower step by step, and fast again at last."""
+    progress = progress or Progress()
+    lengths, rates = (TOKENS_QUICK, RATES_QUICK) if quick else (TOKENS, RATES)
+    repeats = REPEATS_QUICK if quick else REPEATS
+    rng = random.Random(0)
+    asked: dict[tuple[int, float], list[Asked]] = {(tokens, rate): [] for rate in rates for tokens in lengths}
+    done = 0
+    for rate in rates:
+        scene.set_rate(rate)
+        for _ in range(repeats):
+            for tokens in rng.sample(lengths, len(lengths)):
+                asked[tokens, rate].append(scene.ask(tokens))
+                done += 1
+                progress.step("ttft", done, len(asked) * repeats)
+    scene.set_rate(rates[0])
+    before = scene.questions_to_peers()
+    cold = [scene.ask_cold(COLD_TOKENS) for _ in range(COLD_QUICK if quick else COLD)]
+    questions = scene.questions_to_peers() - before
+    points = [point(tokens, rate, some) for (tokens, rate), some in asked.items()]
+    nobody = point(COLD_TOKENS, 0.0, cold)
+    return report.make_report("ttft", [*points, nobody], claims_of(points, nobody, questions, rates[0]))
+
+
+def point(tokens: int, rate: float, asked: Sequence[Asked]) -> Point:
+    """One row."""
+    with_s = percentile([each.with_s for each in asked], 50)
+    without_s = percentile([each.without_s for each in asked], 50)
+    return Point(
+        tokens=tokens,
+        mbit_s=rate / 1e6,
+        with_ms=rounded(with_s * 1e3),
+        without_ms=rounded(without_s * 1e3),
+        ratio=rounded(ratio(with_s, without_s)),
+        worst=rounded(max(ratio(each.with_s, each.without_s) for each in asked)),
+        pulled=sum(each.from_peer_tokens for each in asked) / (tokens * len(asked)),
+        repeats=len(asked),
+        right=all(each.right for each in asked),
+    )
+
+
+def claims_of(points: Sequence[Point], nobody: Point, questions: int, fastest: float) -> list[Claim]:
+    """Issue 5, done when 7 and 8."""
+    slowest = max((point.ratio or float("nan") for point in points), default=float("nan"))
+    corner = max((point for point in points if point.mbit_s == fastest / 1e6), key=lambda point: point.tokens)
+    wrong = sum(not point.right for point in [*points, nobody])
+    return [
+        at_most("ttft.never_slower", slowest, 1.05, "x", "TTFT with p2pkv over without, medians, at the worst point"),
+        at_most("ttft.fast_end", corner.ratio or float("nan"), 0.3, "x", "the same, longest prompt and fastest link"),
+        at_most("ttft.cold_miss", nobody.ratio or float("nan"), 1.02, "x", "the same, where nobody has the prompt"),
+        at_most("ttft.cold_miss_questions", questions, 0, "requests", "to peers, for prompts that nobody has"),
+        at_most("ttft.wrong_answers", wrong, 0, "points", "at which an answer's tokens were not the same"),
+    ]
