@@ -1,4 +1,4 @@
-"""The engines of ``p2pkv bench ttft``: a holder behind a throttled link, a reader that can pull from it, and one without.
+"""The engines of ``p2pkv bench ttft``: a holder behind a throttled link, a reader that can pull from it, one without.
 
 The two agents are on hosts of their own (network namespaces); the engines talk to them by their Unix sockets.
 """
@@ -6,7 +6,9 @@ The two agents are on hosts of their own (network namespaces); the engines talk 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,8 +26,10 @@ from p2pkv.errors import Unavailable
 HOLDER = 0
 READER = 1
 ANSWER_TOKENS = 4
-SETTLE_S = 0.5
-"""OpenMP's threads go on spinning for 0.2 s after an engine's last step, on the processors that the next one needs."""
+SETTLE_S = 0.6
+THREADS = max(1, (os.cpu_count() or 2) // 2)
+"""Of an engine: its core waits for its workers actively, and on as many processors as there are workers it gets into
+their way, by a factor of five now and then."""
 
 
 class Pair(NamedTuple):
@@ -112,13 +116,26 @@ class Throttled:
         before = self._metrics(READER)
         answers = {}
         for replica in self._rng.sample([self._reader, self._plain], 2):
-            time.sleep(SETTLE_S)
-            answers[replica.url] = complete(replica.url, prompt, max_tokens=ANSWER_TOKENS)
+            with self._alone(replica):
+                answers[replica.url] = complete(replica.url, prompt, max_tokens=ANSWER_TOKENS)
         mine, plain = answers[self._reader.url], answers[self._plain.url]
         after = self._metrics(READER)
         name = "p2pkv_get_blocks_total"
         pulled = total(after, name, source="peer") - total(before, name, source="peer")
         return Pair(mine.ttft_s, plain.ttft_s, round(pulled) * CHUNK_TOKENS, mine.tokens == plain.tokens)
+
+    @contextlib.contextmanager
+    def _alone(self, replica: Replica) -> Iterator[None]:
+        """The other engines stand still meanwhile: three of them on two cores would be measured by their noise."""
+        others = [each for each in (self._holder, self._reader, self._plain) if each is not replica]
+        for each in others:
+            each.child.signal(signal.SIGSTOP)
+        try:
+            time.sleep(SETTLE_S)
+            yield
+        finally:
+            for each in others:
+                each.child.signal(signal.SIGCONT)
 
     def questions_to_peers(self) -> int:
         """Requests for blocks that the holder's agent has had of the reader's."""
@@ -140,7 +157,9 @@ def throttled(*, model_dir: Path, progress: Progress) -> Iterator[Throttled]:
     model = make_model(python, model_dir, progress)
     with (
         Network(2) as network,
-        HostedCluster(python=python, model=model, transport="tcp", progress=progress, network=network) as cluster,
+        HostedCluster(
+            python=python, model=model, transport="tcp", threads=THREADS, progress=progress, network=network
+        ) as cluster,
     ):
         scene = Throttled(cluster, network, model)
         scene.start(progress)

@@ -539,10 +539,11 @@ class _Fetch(Generic[P]):
         del self._pulls[piece]
         waited_s = result.waited_s if result is not None else 0.0
         lost_bytes = pull.size - pull.moved_bytes
-        moved = Moved(waited_s, took_s, pull.moved_bytes)
+        came_bytes = max(pull.moved_bytes, result.bytes_moved if result is not None else 0)  # with the block half here
+        moved = Moved(waited_s, took_s, came_bytes)
         if pull.call_off.called:
             self._fetcher.stats.pulls_taken_over += not self._overtaken
-            if not pull.moved_bytes:  # it was slower than one block in all this time
+            if not came_bytes:  # all that is known is that it was slower than one block in all this time
                 moved = Moved(0.0, took_s, pull.places[0].length // 2)
             peers.ended(piece.source, lost_bytes, moved)
             return
