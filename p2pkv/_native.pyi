@@ -363,8 +363,19 @@ class Server:
     leases_given: int
     leases_held: int
     def __init__(
-        self, store: Store, arena_fd: int, arena_base_address: int, lease_ttl_s: float, connections_max: int
-    ) -> None: ...
+        self,
+        store: Store,
+        arena_fd: int,
+        arena_base_address: int,
+        lease_ttl_s: float,
+        connections_max: int,
+        bytes_per_s: float = 0.0,
+    ) -> None:
+        """``bytes_per_s``: of answers; beyond that readers are told "busy". 0: any."""
+
+    def may_send(self, bytes: int) -> bool:
+        """Whether so many bytes may be read from here now; they are counted if so. Thread-safe."""
+
     def add(self, fd: int, node: int, same_host: bool = False, leftover: bytes = b"") -> bool:
         """Serve a connected, non-blocking socket, of which ``leftover`` has been read already; the descriptor is the
         server's from here on. False: there are too many, or it was stopped; the descriptor is closed."""

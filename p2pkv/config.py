@@ -102,6 +102,7 @@ class Transport(Section, frozen=True):
     )
     deadline_ms: int = 2_000  # of a whole pull when the caller names none
     in_flight: str = "50%"  # of the arena, or a size: what pulls may have on their way at once; more wait their turn
+    serve_max: str = ""  # bytes a second that peers may read from here, or a share of the link ("50%"); more: "busy"
     stall_ms: int = 500  # a pull that makes no progress for this long is given up, whatever its deadline
     streams: int = 4  # TCP connections used for one large pull; more fill fat links, fewer spare sockets
     stream_bytes: str = "8MiB"  # a pull uses one more stream for each so many bytes
@@ -355,6 +356,9 @@ def _check_values(config: Config) -> None:
     parse_size(config.store.capacity, key="store.capacity", percent_of=1 << 30)
     parse_size(config.transport.quarantine, key="transport.quarantine", percent_of=1 << 30)
     parse_size(config.transport.in_flight, key="transport.in_flight", percent_of=1 << 30)
+    if serve_max := config.transport.serve_max:
+        size = parse_size(serve_max, key="transport.serve_max", percent_of=1 << 30)
+        within("transport.serve_max", size, 1, 1 << 50)
     for seed in config.peer.seeds:
         parse_address(seed, key="peer.seeds")
     if config.peer.dns and not config.peer.dns.startswith("_"):

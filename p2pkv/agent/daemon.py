@@ -20,6 +20,7 @@ import msgspec
 from p2pkv import _native
 from p2pkv.agent.identity import Identity
 from p2pkv.agent.ipc import EngineServer
+from p2pkv.agent.kept_estimates import KeptEstimates
 from p2pkv.agent.lane import EngineLane
 from p2pkv.agent.populate import Populator
 from p2pkv.agent.remembered import FILE, Remembered
@@ -30,7 +31,7 @@ from p2pkv.agent.suspicion import Suspicion
 from p2pkv.agent.tokenizers import Tokenizers
 from p2pkv.agent.transports import Transports
 from p2pkv.agent.worth import Worth
-from p2pkv.config import Config, is_loopback, parse_size
+from p2pkv.config import Config, parse_size
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.gossip.views import PeerView
 from p2pkv.index.ownership import OwnershipLog
@@ -179,11 +180,13 @@ class Agent:
             arena=self.arena,
             service=self.service,
             network=self.network,
-            loopback=is_loopback(config.peer.host),
+            host=config.peer.host,
             lease_ttl_s=lease_ttl_s,
             on_change=self._tell_card,
         )
         self.sources = Sources(self.network, self.transports, config.peer.host)
+        self.kept_estimates = KeptEstimates(self.identity.directory, self.sources.peers)
+        self.kept_estimates.load()
         self.suspicion = Suspicion(
             store=self.store,
             arena=self.arena,
@@ -272,6 +275,7 @@ class Agent:
             await asyncio.sleep(TICK_S)
             self.service.tick()
             self.suspicion.tick()
+            self.kept_estimates.tick()
             self.remembered.tick()
 
     async def _remember(self) -> None:
@@ -325,6 +329,7 @@ class Agent:
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (self.engines.in_flight or self._leases()):
             await asyncio.sleep(0.02)
+        self.kept_estimates.save()
         await self.remembered.stop(SAVE_S)
         saving.cancel()
         await self._exits.aclose()

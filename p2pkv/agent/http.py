@@ -21,6 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 import p2pkv
 from p2pkv.agent import metrics, query
+from p2pkv.agent.explain import explain
 from p2pkv.agent.http_middleware import BodyLimit, Headers, ShortWay
 from p2pkv.agent.http_types import (
     Blocks,
@@ -28,6 +29,8 @@ from p2pkv.agent.http_types import (
     Lookup,
     LookupAnswer,
     Nodes,
+    PlanAnswer,
+    PlanQuestion,
     Problem,
     QueryByHash,
     QueryByTokens,
@@ -187,6 +190,21 @@ def build_app(agent: Agent) -> FastAPI:
         return _json(query.score(agent, asked, tokens=tokens, candidates=body.candidates))
 
     @app.post(
+        "/v1/plan", summary="From where this node would get a prompt, how far, and why.",
+        **_described(list[PlanAnswer], PlanQuestion),
+    )  # fmt: skip
+    async def plan(request: Request) -> Response:
+        body = await _read(request, PlanQuestion)
+        if body.token_ids is not msgspec.UNSET and body.hashes is msgspec.UNSET:
+            asked = await _chains(agent, body, body.token_ids)
+        elif body.hashes is not msgspec.UNSET and body.token_ids is msgspec.UNSET:
+            hashes = query.whole_hashes(body.hashes)
+            asked = [(layout, hashes) for layout in _select(agent, body)]
+        else:
+            raise InvalidArgument("a prompt is either token_ids or hashes")
+        return _json(explain(agent, asked, prefill_ms=body.prefill_ms))
+
+    @app.post(
         "/query",
         summary="Who holds how much of a prompt, in tokens (conductor).",
         **_described(Conductor, QueryByTokens),
@@ -231,7 +249,7 @@ def build_app(agent: Agent) -> FastAPI:
     return app
 
 
-_Prompt = QueryByTokens | QueryByHash | Score | ScoreCompletions
+_Prompt = QueryByTokens | QueryByHash | Score | ScoreCompletions | PlanQuestion
 
 
 def _select(agent: Agent, body: _Prompt) -> list[Layout]:
@@ -245,25 +263,25 @@ def _select(agent: Agent, body: _Prompt) -> list[Layout]:
     )
 
 
-async def _hashed(agent: Agent, body: _Prompt, tokens: list[int]) -> list[tuple[Layout, bytes]]:
-    """A prompt's packed index keys in each of its layouts."""
+async def _chains(agent: Agent, body: _Prompt, tokens: list[int]) -> list[tuple[Layout, list[bytes]]]:
+    """A prompt's block hashes in each of its layouts."""
     lora, salt, block_tokens = body.lora_name or "", body.cache_salt or "", body.block_size
     layouts = _select(agent, body)
 
-    def hashed() -> list[tuple[Layout, bytes]]:
+    def chains() -> list[tuple[Layout, list[bytes]]]:
         return [
-            (
-                layout,
-                index_keys(
-                    layout.namespace,
-                    query.hashes_of_tokens(layout, tokens, block_tokens=block_tokens, lora=lora, cache_salt=salt),
-                ),
-            )
+            (layout, query.hashes_of_tokens(layout, tokens, block_tokens=block_tokens, lora=lora, cache_salt=salt))
             for layout in layouts
         ]
 
     # Seconds for the longest prompts: engines and peers are not to wait for that.
-    return await asyncio.to_thread(hashed)
+    return await asyncio.to_thread(chains)
+
+
+async def _hashed(agent: Agent, body: _Prompt, tokens: list[int]) -> list[tuple[Layout, bytes]]:
+    """A prompt's packed index keys in each of its layouts."""
+    chains = await _chains(agent, body, tokens)
+    return [(layout, index_keys(layout.namespace, hashes)) for layout, hashes in chains]
 
 
 def _salted(agent: Agent, body: _Prompt, hashes: Sequence[str | int]) -> list[tuple[Layout, bytes]]:

@@ -67,6 +67,17 @@ class Score(_Asked, kw_only=True):
     ] = None
 
 
+class PlanQuestion(_Asked, kw_only=True):
+    """``POST /v1/plan``: a prompt, as token ids or as block hashes (one of the two), as this node would get it."""
+
+    token_ids: Tokens | msgspec.UnsetType = msgspec.UNSET
+    hashes: Hashes | msgspec.UnsetType = msgspec.UNSET
+    prefill_ms: Annotated[
+        Annotated[float, Meta(gt=0, le=1e9)] | None,
+        Meta(description="What computing one block takes; missing: what an engine here has said last, if any has."),
+    ] = None
+
+
 class ScoreCompletions(_Asked, kw_only=True):
     """llm-d's ``POST /score_completions``: a text, of a model whose tokenizer is configured (``http.tokenizers``)."""
 
@@ -170,6 +181,48 @@ class ScoreAnswer(msgspec.Struct):
     candidates: list[Candidate]
 
 
+class PlanRun(msgspec.Struct, kw_only=True):
+    """Blocks that one source would be asked for: the ``first`` of them by its place in the chain, and how many."""
+
+    node: Node
+    me: bool = field(name="self")
+    tier: str
+    first: int
+    blocks: int
+    ends_ms: float
+
+
+class PlanSource(msgspec.Struct, kw_only=True):
+    """What is expected of a source now. ``spread``: of its pace, as a fraction; ``age_s``: since it last showed."""
+
+    node: Node
+    tier: str
+    blocks: int
+    bytes_per_s: float
+    first_byte_ms: float
+    busy_ms: float
+    spread: float
+    age_s: float | None
+    answers: bool
+
+
+class PlanAnswer(msgspec.Struct, kw_only=True):
+    """The first ``stop`` of ``blocks`` would be pulled by ``runs``, which takes ``pull_ms``; computing the others takes
+    ``rest_ms``, computing all ``without_ms`` (null: what computing takes is not known). ``why``: it goes no further."""
+
+    namespace: Node
+    blocks: int
+    block_bytes: int
+    block_tokens: int
+    stop: int
+    why: str
+    pull_ms: float
+    rest_ms: float | None
+    without_ms: float | None
+    runs: list[PlanRun]
+    sources: list[PlanSource]
+
+
 class Myself(msgspec.Struct):
     """This node."""
 
@@ -228,6 +281,12 @@ class Blocks(msgspec.Struct):
 
 def complete(schemas: dict[str, Any]) -> None:
     """Add to the structs' JSON schemas, by name, what annotations cannot say."""
-    for name, hashes in (("QueryByHash", "seq_hashes"), ("Score", "hashes"), ("Lookup", "hashes")):
+    for name, hashes in (
+        ("QueryByHash", "seq_hashes"),
+        ("Score", "hashes"),
+        ("Lookup", "hashes"),
+        ("PlanQuestion", "hashes"),
+    ):
         schemas[name]["properties"][hashes]["items"] = _HASH
-    schemas["Score"]["oneOf"] = [{"required": ["token_ids"]}, {"required": ["hashes"]}]
+    for name in ("Score", "PlanQuestion"):
+        schemas[name]["oneOf"] = [{"required": ["token_ids"]}, {"required": ["hashes"]}]

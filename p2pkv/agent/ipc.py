@@ -423,7 +423,9 @@ class EngineConnection:
             self._check_namespace(rest.namespace)
             # A connection that had died unnoticed says nothing about the node: it may be asked again, over a new one.
             # One that took longer than others are expected to take may be as good as they are, once they were asked.
-            excluded = (rest.node,) if rest.node and rest.code not in (Code.CLOSED, Code.TIMEOUT) else ()
+            # One that was busy may be asked again, after a pause.
+            again = (Code.CLOSED, Code.TIMEOUT, Code.REFUSED)
+            excluded = (rest.node,) if rest.node and rest.code not in again else ()
             if not rest.node and not have:
                 local = self._service.get_local(rest.namespace, rest.keys, self.id)
                 if local.indices or not local.more:

@@ -137,6 +137,26 @@ class AgentCollector(Collector):
         pulls.add_metric(["incomplete"], stats.pulls_failed)
         yield pulls
         yield _counter("p2pkv_pulls_joined", "Blocks that waited for somebody else's pull.", stats.flights_joined)
+        agent = self._agent
+        worth = agent.service.worth
+        yield _counter(
+            "p2pkv_pulls_taken_over", "Pulls that were called off because others were quicker.", stats.pulls_taken_over
+        )
+        yield _counter(
+            "p2pkv_overtaken_blocks", "Blocks given up because the engine computes them sooner.", stats.blocks_overtaken
+        )
+        yield _counter(
+            "p2pkv_refused_blocks",
+            "Blocks of peers that were not worth pulling.",
+            worth.refused_blocks if worth is not None else 0,
+        )
+        yield _gauge(
+            "p2pkv_pulls_admitted_bytes", "Bytes that pulls may have on their way.", fetcher.admission.used_bytes
+        )
+        yield _gauge("p2pkv_pulls_waiting", "Requests that wait for their turn to pull.", fetcher.admission.waiting)
+        yield _gauge("p2pkv_peers_not_asked", "Peers whose circuit breaker is open.", agent.sources.not_asked)
+        yield _gauge("p2pkv_distrusted_blocks", "Blocks not asked of an owner again.", len(agent.suspicion.distrust))
+        yield _counter("p2pkv_bad_blocks", "Own blocks that had gone bad when a peer asked.", agent.suspicion.told_bad)
         in_flight = fetcher.in_flight + self._agent.lane.blocks_in_flight
         yield _gauge("p2pkv_pulls_in_flight_blocks", "Blocks being pulled now.", in_flight)
         served = CounterMetricFamily("p2pkv_served_bytes", "Bytes sent to peers.", labels=["transport"])

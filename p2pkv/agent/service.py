@@ -27,8 +27,9 @@ from p2pkv.store.arena import Arena
 from p2pkv.store.base import Block, Reservation
 from p2pkv.store.dram import DramStore
 from p2pkv.transport.base import Held, HeldBlock
+from p2pkv.transport.counts import PullCounts
 from p2pkv.transport.estimates import Moved
-from p2pkv.transport.fetch import Fetcher, PullCounts
+from p2pkv.transport.fetch import Fetcher
 from p2pkv.transport.movers import Code, Movers, Work
 from p2pkv.transport.plan import Plan, Prefill
 from p2pkv.transport.plan import Source as PeerSource
@@ -107,6 +108,7 @@ class CacheService:
             None  # set once the cell is joined; without it every remote block is a miss
         )
         self.worth: Worth | None = None  # with the fetcher
+        self.paces: dict[int, Prefill] = {}  # by namespace, what an engine has said last of what computing takes
         self.lane: EngineLane | None = None  # what answers GETs without us, once it is there
         self.stats = ServiceStats()
         self._slot_node = slot_node
@@ -241,6 +243,8 @@ class CacheService:
             Source.LOCAL if here else (Source.PEER if there else Source.NONE)
             for here, there in zip(local, anywhere, strict=True)
         )
+        if prefill is not None:
+            self.paces[namespace] = prefill
         if prefill is not None and Source.PEER in present:
             present = self._worth_pulling(namespace, hashes, present, prefill)
         nodes: list[NodeMatch] = []

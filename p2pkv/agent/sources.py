@@ -12,8 +12,7 @@ import os
 import time
 from typing import Final
 
-from p2pkv.agent import topology
-from p2pkv.agent.transports import Transports
+from p2pkv.agent.transports import Transports, link_bytes_per_s
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.transport.base import CallOff, PullRequest
 from p2pkv.transport.estimates import STRANGER_SPREAD
@@ -26,8 +25,6 @@ log = logging.getLogger(__name__)
 
 SAME_HOST_BYTES_PER_S: Final = 3e9
 """Loopback TCP, or a one-sided read, of one processor."""
-UNKNOWN_LINK_BYTES_PER_S: Final = 1.25e9
-"""10 Gb/s, where the host does not say."""
 SAME_HOST_FIRST_BYTE_S: Final = 0.0003
 ELSEWHERE_FIRST_BYTE_S: Final = 0.001
 LOOK_S: Final = 0.1
@@ -42,8 +39,7 @@ class Sources:
         self._network = network
         self._transports = transports
         self._probing: dict[int, asyncio.Task[None]] = {}
-        speeds = (topology.link_bytes_per_s(host), topology.rdma_bytes_per_s() if transports.rdma else None)
-        self.link_bytes_per_s = max((speed for speed in speeds if speed), default=UNKNOWN_LINK_BYTES_PER_S)
+        self.link_bytes_per_s = link_bytes_per_s(host, transports.rdma)
         """What this host's own link can receive, as far as is known."""
         self.peers = Peers(self.stranger, heard_at=self._heard_at, on_open=self._on_open, on_estimate=self._tell_native)
 
@@ -54,6 +50,11 @@ class Sources:
             return Estimate(SAME_HOST_FIRST_BYTE_S, SAME_HOST_BYTES_PER_S, spread=STRANGER_SPREAD)
         rtt_s = (peer.rtt_ms or 0.0) / 1000 if peer is not None else 0.0
         return Estimate(max(ELSEWHERE_FIRST_BYTE_S, 2.0 * rtt_s), self.link_bytes_per_s, spread=STRANGER_SPREAD)
+
+    @property
+    def not_asked(self) -> int:
+        """Peers whose breaker is open."""
+        return len(self._probing)
 
     def gone(self, node: int) -> None:
         """The peer is unreachable or has left."""

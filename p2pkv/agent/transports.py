@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from p2pkv import _native
+from p2pkv.agent import topology
 from p2pkv.agent.same_host import nixl_is_faster
 from p2pkv.agent.service import CacheService
 from p2pkv.config import Transport as TransportSettings
-from p2pkv.config import parse_size
+from p2pkv.config import is_loopback, parse_size
 from p2pkv.errors import TransportUnavailable
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.store.arena import Arena
@@ -33,8 +34,17 @@ log = logging.getLogger(__name__)
 
 STOP_S: Final = 3.0
 
+UNKNOWN_LINK_BYTES_PER_S: Final = 1.25e9
+"""10 Gb/s, where the host does not say."""
+
 DATA_CONNECTIONS_MAX: Final = 4_096
 """Of all peers together; an idle one is a descriptor and some hundred bytes."""
+
+
+def link_bytes_per_s(host: str, rdma: bool) -> float:
+    """What this host's own link carries, as far as is known."""
+    speeds = (topology.link_bytes_per_s(host), topology.rdma_bytes_per_s() if rdma else None)
+    return max((speed for speed in speeds if speed), default=UNKNOWN_LINK_BYTES_PER_S)
 
 
 def has_rdma() -> bool:
@@ -56,14 +66,19 @@ class Transports:
         arena: Arena,
         service: CacheService,
         network: PeerNetwork,
-        loopback: bool,
+        host: str,
         lease_ttl_s: float,
         on_change: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._network = network
+        serve_max = 0
+        if settings.serve_max:
+            serve_max = parse_size(
+                settings.serve_max, key="transport.serve_max", percent_of=int(link_bytes_per_s(host, has_rdma()))
+            )
         self.server = _native.Server(
-            service.store.core, arena.fd, arena.base_address, lease_ttl_s, DATA_CONNECTIONS_MAX
+            service.store.core, arena.fd, arena.base_address, lease_ttl_s, DATA_CONNECTIONS_MAX, serve_max
         )
         """Answers peers' reads over TCP."""
         self.tcp = TcpTransport(
@@ -81,7 +96,7 @@ class Transports:
         ucx = {}
         if settings.nixl_devices:
             ucx["UCX_NET_DEVICES"] = settings.nixl_devices
-        elif loopback:
+        elif is_loopback(host):
             ucx["UCX_NET_DEVICES"] = "lo"  # UCX's own sockets would listen on every interface
         if settings.nixl_tls:
             ucx["UCX_TLS"] = settings.nixl_tls
@@ -108,6 +123,7 @@ class Transports:
             native=self.nixl_reads,
             on_inline=self._prepare,
             stall_s=settings.stall_ms / 1000,
+            may_send=self.server.may_send,
         )
         self.nixl: NixlTransport | None = None
         """The NIXL transport, while this agent runs it."""

@@ -22,13 +22,13 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from p2pkv.bench import network as namespaces
+from p2pkv import netns as namespaces
 from p2pkv.bench import report
 from p2pkv.bench.agents import AgentProcess, Fleet, fleet, layout_of, put_all, wait_until
-from p2pkv.bench.network import Network
 from p2pkv.bench.progress import Progress
 from p2pkv.bench.report import Claim, Report, at_least, at_most, ratio
 from p2pkv.errors import IntegrityError, P2PKVError, Unavailable
+from p2pkv.netns import Network
 from p2pkv.types import Tier
 
 MIB: Final = 1 << 20

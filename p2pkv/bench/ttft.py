@@ -1,7 +1,7 @@
 """``p2pkv bench ttft``: time to first token with p2pkv against without it, over prompt lengths and link speeds.
 
-Real engines: one computes each prompt first; then one beside an agent that can pull it, and one without p2pkv, are asked
-for it, in random order. The link that the holder sends through is throttled. What nobody has is asked for, too.
+Real engines: one computes each prompt first; then one beside an agent that can pull it, and one without p2pkv, are
+asked for it, in random order. The holder's link is throttled. What nobody has is asked for, too.
 
 Each prompt is new, so nothing is measured twice; what the agents have learnt of the link and the engine of itself stays
 from point to point, as it does in life. So the first prompts after the link has changed are planned with what it was.

@@ -18,6 +18,7 @@ from p2pkv.errors import P2PKVError
 COMMANDS: Final[dict[str, str]] = {
     "agent": "Run this node's agent.",
     "lookup": "Ask an agent who holds a prefix.",
+    "explain": "Say how an agent would get a prefix, how far, and why.",
     "doctor": "Say what works on this host, and what to do about what does not.",
     "bench": "Measure against memcpy and raw sockets, in the same run.",
     "keys": "Make and rotate the keys of a cell.",

@@ -36,14 +36,14 @@ def lookup(
     body: dict[str, Any] = {"model": model, "tenant_id": tenant, "lora_name": lora, "cache_salt": salt}
     if tokens is not None:
         try:
-            body["token_ids"] = [int(word) for word in _words(tokens)]
+            body["token_ids"] = [int(word) for word in words(tokens)]
         except ValueError as error:
             raise InvalidArgument("token ids are integers", reason=error) from error
         path = "/query"
     else:
-        body["seq_hashes"] = _words(hashes or "")
+        body["seq_hashes"] = words(hashes or "")
         path = "/query_by_hash"
-    answer, age_s = _post(f"http://{agent}{path}", body)
+    answer, age_s = ask(f"http://{agent}{path}", body)
     if json_:
         print(json.dumps(answer))
         return
@@ -57,22 +57,26 @@ def lookup(
     if not rows:
         print("nobody holds the first block of this prompt")
         return
-    _table([("tenant", "node", "tokens", "in HBM", "in DRAM", "on disk"), *rows])
+    table([("tenant", "node", "tokens", "in HBM", "in DRAM", "on disk"), *rows])
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """What an option holds, or, for ``-``, standard input."""
     if text == "-":
         text = sys.stdin.read()
     return text.replace(",", " ").split()
 
 
-def _post(url: str, body: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """The answer, and its Age header."""
+def ask(url: str, body: dict[str, Any]) -> tuple[Any, str | None]:
+    """POST a body to an agent: the answer, and its Age header.
+
+    Raises:
+        InvalidArgument: the agent refuses. AgentUnavailable: none answers.
+    """
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            answer: dict[str, dict[str, Any]] = json.loads(response.read(ANSWER_BYTES_MAX))
-            return answer, response.headers.get("age")
+            return json.loads(response.read(ANSWER_BYTES_MAX)), response.headers.get("age")
     except urllib.error.HTTPError as error:
         raise InvalidArgument("the agent refused the question", status=error.code, reason=error.read(500)) from error
     except (OSError, ValueError) as error:
@@ -81,7 +85,8 @@ def _post(url: str, body: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], st
         ) from error
 
 
-def _table(rows: list[tuple[str, ...]]) -> None:
+def table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows, the first of which is the head, in columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

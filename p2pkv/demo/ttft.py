@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from p2pkv.bench import network as namespaces
-from p2pkv.bench.network import Network
+from p2pkv import netns as namespaces
 from p2pkv.demo.cluster import CHUNK_TOKENS, AgentNode, Cluster, Replica, find_vllm_python, make_model
 from p2pkv.demo.measure import complete, prompt_of, scrape, total, wait_visible
 from p2pkv.demo.progress import Progress
 from p2pkv.demo.run import QUESTION_TOKENS, warm
 from p2pkv.errors import Unavailable
+from p2pkv.netns import Network
 
 HOLDER = 0
 READER = 1

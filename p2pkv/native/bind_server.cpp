@@ -22,11 +22,11 @@ void bind_server(nb::module_& m) {
         .def(
             "__init__",
             [](Server* self, store::Store& store, int arena_fd, uintptr_t arena_base_address, double lease_ttl_s,
-               size_t connections_max) {
+               size_t connections_max, double bytes_per_s) {
                 new (self) Server(&store, arena_fd, reinterpret_cast<const unsigned char*>(arena_base_address),
-                                  lease_ttl_s, connections_max);
+                                  lease_ttl_s, connections_max, bytes_per_s);
             },
-            "store"_a, "arena_fd"_a, "arena_base_address"_a, "lease_ttl_s"_a, "connections_max"_a,
+            "store"_a, "arena_fd"_a, "arena_base_address"_a, "lease_ttl_s"_a, "connections_max"_a, "bytes_per_s"_a = 0.0,
             nb::keep_alive<1, 2>())
         .def_prop_ro("fd", &Server::fd)
         .def_prop_ro("active", &Server::active)
@@ -52,6 +52,7 @@ void bind_server(nb::module_& m) {
                  for (const ServerEvent& event : self.drain()) out.append(nb::make_tuple(event.node, event.text));
                  return out;
              })
+        .def("may_send", &Server::may_send, "bytes"_a)
         .def("set_endpoint", &Server::set_endpoint, "name"_a)
         .def("stop", &Server::stop, nb::call_guard<nb::gil_scoped_release>());
 }

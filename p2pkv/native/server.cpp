@@ -45,12 +45,14 @@ int milliseconds_until(double when, double now) {
 
 }  // namespace
 
-Server::Server(store::Store* store, int file, const unsigned char* mapping, double lease_ttl_s, size_t connections_max)
+Server::Server(store::Store* store, int file, const unsigned char* mapping, double lease_ttl_s, size_t connections_max,
+               double bytes_per_s)
     : store_(store),
       file_(file),
       mapping_(mapping),
       lease_ttl_s_(lease_ttl_s),
       connections_max_(connections_max),
+      allowance_(bytes_per_s),
       epoll_(epoll_create1(EPOLL_CLOEXEC)),
       wake_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       received_(std::make_unique<char[]>(kReceiveBytes)) {
@@ -237,10 +239,26 @@ bool Server::hold(Connection& connection, store::Pinned* pinned) {
     return false;
 }
 
+bool Server::may_send(uint64_t bytes) {
+    if (allowance_.take(bytes)) return true;
+    ++counters_.refused;
+    return false;
+}
+
+// False: as much is being sent as may be. The reader has been told, and nothing is held for it.
+bool Server::afford(Connection& connection, const store::Pinned& pinned) {
+    uint64_t bytes = 0;
+    for (const store::Place& place : pinned.places) bytes += place.hit ? place.length : 0;
+    if (bytes == 0 || may_send(bytes)) return true;
+    release(connection);
+    send_answer(connection, error_frame("busy", "this node sends as much as it may (transport.serve_max)"), {});
+    return false;
+}
+
 void Server::answer_get(Connection& connection) {
     ++counters_.gets;
     store::Pinned pinned;
-    if (!hold(connection, &pinned)) return;
+    if (!hold(connection, &pinned) || !afford(connection, pinned)) return;
     std::string header = frame::begin(kTypeGot, pinned.places.size() * kGotRecordBytes);
     size_t at = header.size();
     header.resize(at + pinned.places.size() * kGotRecordBytes);
@@ -266,7 +284,7 @@ void Server::answer_pin(Connection& connection, bool serve_reads) {
     if (serve_reads) return send_answer(connection, error_frame("unsupported", "to be served, ask on a control connection"), {});
     if (endpoint.empty()) return send_answer(connection, error_frame("busy", "the NIXL process is not running"), {});
     store::Pinned pinned;
-    if (!hold(connection, &pinned)) return;
+    if (!hold(connection, &pinned) || !afford(connection, pinned)) return;
     const size_t fixed = 8 + endpoint.size();
     std::string body(fixed + pinned.places.size() * kPinnedRecordBytes, '\0');
     store32(body.data(), static_cast<uint32_t>(pinned.ttl_s * 1e3));

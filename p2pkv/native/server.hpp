@@ -19,6 +19,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "allowance.hpp"
 #include "completions.hpp"
 #include "requests.hpp"
 #include "store.hpp"
@@ -49,7 +50,9 @@ struct ServerCounters {
 class Server {
   public:
     // `file` and `mapping` are the arena's, valid until stop() has returned; so is the store.
-    Server(store::Store* store, int file, const unsigned char* mapping, double lease_ttl_s, size_t connections_max);
+    // `bytes_per_s`: of answers, by this server and whoever asks may_send(); beyond that readers are told "busy". 0: any.
+    Server(store::Store* store, int file, const unsigned char* mapping, double lease_ttl_s, size_t connections_max,
+           double bytes_per_s = 0);
     ~Server();
 
     // Serve a connected, non-blocking socket that `node` has introduced itself on; owns it from here on. `leftover`:
@@ -58,6 +61,9 @@ class Server {
 
     // The NIXL agent that readers have to be connected to, as PINNED names it; "": there is none now.
     void set_endpoint(std::string name);
+
+    // Whether so many bytes may be read from here now, in whatever way; they are counted if so.
+    bool may_send(uint64_t bytes);
 
     // Close every connection, give every lease back, join the thread.
     void stop();
@@ -99,6 +105,7 @@ class Server {
     void answer_get(Connection& connection);
     void answer_pin(Connection& connection, bool serve_reads);
     bool hold(Connection& connection, store::Pinned* pinned);
+    bool afford(Connection& connection, const store::Pinned& pinned);
     void send_answer(Connection& connection, std::string header, std::vector<FileRun> runs, uint32_t blocks = 0);
     std::string endpoint();
     void count_answer(Connection& connection, bool whole);
@@ -114,6 +121,7 @@ class Server {
     const unsigned char* const mapping_;
     const double lease_ttl_s_;
     const size_t connections_max_;
+    Allowance allowance_;
     const int epoll_;
     const int wake_fd_;
     std::atomic<size_t> active_{0};

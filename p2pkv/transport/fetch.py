@@ -1,6 +1,6 @@
 """Bring missing blocks into the local store: find holders, pull from several at once, publish what is proven.
 
-* Who is asked for what, and who takes over from whom, is decided by :mod:`.deal`; this module does it.
+* Who is asked for what, and who takes over from whom, is decided by :mod:`.deal`; :mod:`.fetching` does it.
 * Single flight: however many callers want a block, it is pulled once; the others get the same bytes.
 * A block's destination is a reserved slot of the local store. It is committed (and so becomes visible here and to
   peers) only when the transport has proven its bytes; otherwise the slot is given back, or quarantined while a
@@ -15,92 +15,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
-
-import msgspec
+from typing import Final, Generic
 
 from p2pkv.transport.admission import Admission
-from p2pkv.transport.base import CallOff, PullRequest, PullResult, Transport
-from p2pkv.transport.deal import Deal, Piece
+from p2pkv.transport.counts import FetchStats, PullCounts
 from p2pkv.transport.estimates import Moved
+from p2pkv.transport.fetching import OneFetch
+from p2pkv.transport.landing import HoldersOf, Landing, OnFetched, P, PickTransport
 from p2pkv.transport.peers import Peers
 from p2pkv.transport.plan import Source
 from p2pkv.types import Status
-from p2pkv.wire.fields import Extent
 
 log = logging.getLogger(__name__)
 
-LATE_S: Final = 0.05
-"""What a transport may take beyond the deadline to clean up before it is called late in the log."""
-
 CROWD_SHARE: Final = 8
 """Of what may be in flight a piece takes at most an eighth when there are several requests, so that they take turns."""
-
-
-class Place(Protocol):
-    """A reserved slot: where a block's bytes go."""
-
-    @property
-    def offset(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-
-
-P = TypeVar("P", bound=Place)
-
-
-class Landing(Protocol[P]):
-    """The local store as the fetcher sees it. All calls return at once."""
-
-    def block_bytes(self, namespace: int) -> int:
-        """Of each of a namespace's blocks; 0: the namespace is not known here."""
-        ...
-
-    def reserve(self, namespace: int, key: bytes) -> P | Status:
-        """A slot to write into; EXISTS when the block is here, BUSY when it is being written, NO_SPACE."""
-        ...
-
-    def commit(self, place: P, checksum: bytes) -> None: ...
-    def abort(self, place: P) -> None: ...
-    def quarantine(self, place: P, token: tuple[str, int]) -> None: ...
-
-
-HoldersOf = Callable[[int, Sequence[bytes]], Sequence[Sequence[Source]]]
-"""(namespace, hashes) -> per hash where live peers have it, ourselves excluded; the local index's word."""
-
-PickTransport = Callable[[int], Transport]
-"""node -> the transport to pull from it with."""
-
-OnFetched = Callable[[int, Status], None]
-"""(index into the asked hashes, OK when the block is in the local store now). Called once per hash."""
-
-
-class PullCounts(NamedTuple):
-    """How a pull ended, in blocks; ``rejected`` and ``missed`` are part of ``failed``."""
-
-    pulled: int
-    bytes_moved: int
-    failed: int
-    rejected: int
-    missed: int
-
-
-class FetchStats(msgspec.Struct):
-    """Counters since the start."""
-
-    blocks_pulled: int = 0
-    bytes_pulled: int = 0
-    blocks_rejected: int = 0
-    blocks_missed_at_holder: int = 0
-    blocks_failed: int = 0
-    pulls: int = 0
-    pulls_failed: int = 0
-    pulls_taken_over: int = 0
-    blocks_overtaken: int = 0
-    flights_joined: int = 0
 
 
 class Fetcher(Generic[P]):
@@ -130,16 +60,16 @@ class Fetcher(Generic[P]):
         on_rejected: Callable[[int, int, list[bytes]], None] = lambda node, namespace, keys: None,
         salt: int = 0,
     ) -> None:
-        self._watch = watch
-        self._distrusted = distrusted
+        self.watch = watch
+        self.distrusted = distrusted
         self.on_rejected = on_rejected
-        self._elsewhere: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
-        self._landing = landing
-        self._holders = holders
-        self._transport = transport
-        self._blocks_max = blocks_max
-        self._salt = salt
-        self._flights: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
+        self.elsewhere: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
+        self.landing = landing
+        self.holders = holders
+        self.transport = transport
+        self.blocks_max = blocks_max
+        self.salt = salt
+        self.flights: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.peers = peers
         self.admission = Admission(in_flight_bytes)
@@ -148,7 +78,7 @@ class Fetcher(Generic[P]):
     @property
     def in_flight(self) -> int:
         """Blocks being pulled, or about to be."""
-        return len(self._flights)
+        return len(self.flights)
 
     def piece_bytes_max(self) -> int:
         """No piece is larger now."""
@@ -157,7 +87,7 @@ class Fetcher(Generic[P]):
     def landed_elsewhere(self, namespace: int, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
         """What became of blocks that were watched."""
         for key, status in zip(keys, statuses, strict=True):
-            flight = self._elsewhere.pop((namespace, key), None)
+            flight = self.elsewhere.pop((namespace, key), None)
             if flight is not None and not flight.done():
                 flight.set_result(status)
 
@@ -213,7 +143,7 @@ class Fetcher(Generic[P]):
         not here by then, it and all behind it are given up, because whoever wants them is quicker without.
         """
         loop = asyncio.get_running_loop()
-        fetch = _Fetch(self, namespace, list(hashes), loop.time() + deadline_s, on_fetched, background)
+        fetch = OneFetch(self, namespace, list(hashes), loop.time() + deadline_s, on_fetched, background)
         fetch.give_up_at = [loop.time() + seconds for seconds in give_up_s]
         fetch.worst.update(worst or {})
         for node in excluded:
@@ -232,338 +162,3 @@ class Fetcher(Generic[P]):
         """Wait for what is under way; it ends when the transports are stopped, or by its deadlines."""
         if self._tasks:
             await asyncio.wait(self._tasks)
-
-
-class _Pull(Generic[P]):
-    """A piece that is being pulled, and where its blocks go."""
-
-    __slots__ = ("call_off", "indices", "moved_bytes", "piece", "places", "size")
-
-    def __init__(self, piece: Piece, indices: list[int], places: list[P]) -> None:
-        self.piece = piece
-        self.indices = indices
-        self.places = places
-        self.size = sum(place.length for place in places)
-        self.moved_bytes = 0
-        self.call_off = CallOff()
-
-
-class _Fetch(Generic[P]):
-    """One call of :meth:`Fetcher.fetch`."""
-
-    def __init__(
-        self,
-        fetcher: Fetcher[P],
-        namespace: int,
-        hashes: list[bytes],
-        deadline: float,
-        on_fetched: OnFetched,
-        background: bool,
-    ) -> None:
-        self._fetcher = fetcher
-        self._namespace = namespace
-        self._hashes = hashes
-        self._deadline = deadline
-        self._on_fetched = on_fetched
-        self._background = background
-        first: dict[bytes, int] = {}
-        self._twins: dict[int, list[int]] = {}  # a key that is named again gets the answer of its first mention
-        for i, key in enumerate(hashes):
-            if (twin := first.setdefault(key, i)) != i:
-                self._twins.setdefault(twin, []).append(i)
-        self._left = dict.fromkeys(first.values())  # not reported yet; an ordered set
-        self._new = list(self._left)  # to be claimed: nobody is known to be bringing them
-        self._claimed: set[int] = set()  # ours to bring: others wait for us
-        self._awaited: set[int] = set()  # others are bringing them
-        self._pulls: dict[Piece, _Pull[P]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._news = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self.give_up_at: list[float] = []
-        self._overtaken = False
-        self.worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
-        block_bytes = fetcher._landing.block_bytes(namespace)
-        self.deal = Deal(
-            fetcher.peers.estimate,
-            block_bytes=block_bytes,
-            piece_bytes_max=fetcher.piece_bytes_max,
-            salt=fetcher._salt,
-        )
-
-    async def run(self) -> None:
-        try:
-            while self._left and (now := self._loop.time()) < self._deadline:
-                self._news.clear()
-                if now >= self._overtaken_at():
-                    self._overtaken = True
-                    self._fetcher.stats.blocks_overtaken += len(self._left)
-                    break
-                self._claim()
-                for position in self.deal.hopeless():
-                    self._give_up(position, self.worst.get(position, Status.MISS))
-                if self._ask(now):
-                    for piece in self.deal.late(now):
-                        self._pulls[piece].call_off()
-                if not self._left:
-                    break
-                await self._wait(min(self._deadline, self.deal.wake_at(now), self._overtaken_at()))
-        finally:
-            self._fetcher.admission.leave(self)
-            flying = {position for piece in self._pulls for position in piece.left}
-            for position in list(self._left):
-                status = self.worst.get(position, Status.TIMEOUT)
-                if position in flying:  # whoever waits for us does so until the slot is free
-                    self._report(position, status)
-                else:
-                    self._give_up(position, status)
-            if self._overtaken:
-                for pull in list(self._pulls.values()):
-                    pull.call_off()
-            if self._tasks:  # they end by the deadline, too
-                await asyncio.wait(self._tasks)
-        for task in self._tasks:
-            task.result()
-
-    def _overtaken_at(self) -> float:
-        """When whoever wants the blocks is quicker without those that are missing."""
-        return self.give_up_at[next(iter(self._left))] if self.give_up_at and self._left else math.inf
-
-    async def _wait(self, until: float) -> None:
-        if self._news.is_set():
-            return
-        timer = None if until == math.inf else self._loop.call_at(until, self._news.set)
-        try:
-            await self._news.wait()
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    # --- reports
-
-    def _report(self, position: int, status: Status) -> None:
-        if position in self._left:
-            del self._left[position]
-            for mention in (position, *self._twins.get(position, ())):
-                self._on_fetched(mention, status)
-
-    def _give_up(self, position: int, status: Status) -> None:
-        """Nobody is left to be asked, or there is no time: say so to the caller, and to those who wait for us."""
-        self._let_go(position, status)
-        self._report(position, status)
-
-    def _let_go(self, position: int, status: Status) -> None:
-        """The block is not ours to bring any more."""
-        self.deal.withdraw(position)
-        if position in self._claimed:
-            self._claimed.discard(position)
-            flight = self._fetcher._flights.pop((self._namespace, self._hashes[position]), None)
-            if flight is not None and not flight.done():
-                flight.set_result(status)
-
-    # --- claiming
-
-    def _claim(self) -> None:
-        """Wait for what others are bringing; the rest is ours, and others wait for us."""
-        if not self._new:
-            return
-        fetcher, new = self._fetcher, self._new
-        self._new, mine = [], []
-        for position in new:
-            if position not in self._left:
-                continue
-            name = (self._namespace, self._hashes[position])
-            flight = fetcher._flights.get(name)
-            if flight is not None:
-                self._await(position, flight)
-            elif len(fetcher._flights) >= fetcher._blocks_max:
-                self._report(position, Status.BUSY)
-            else:
-                fetcher._flights[name] = self._loop.create_future()
-                self._claimed.add(position)
-                mine.append(position)
-        if not mine:
-            return
-        holders = fetcher._holders(self._namespace, [self._hashes[position] for position in mine])
-        usable, distrusted = fetcher.peers.usable, fetcher._distrusted
-        for position, sources in zip(mine, holders, strict=True):
-            key = self._hashes[position]
-            self.deal.offer(
-                position,
-                [s for s in sources if usable(s.node) and not distrusted(s.node, self._namespace, key)],
-            )
-
-    def _await(self, position: int, flight: asyncio.Future[Status]) -> None:
-        self._awaited.add(position)
-        self._fetcher.stats.flights_joined += 1
-        flight.add_done_callback(partial(self._on_flight, position))
-
-    def _on_flight(self, position: int, flight: asyncio.Future[Status]) -> None:
-        """What somebody else was bringing is here, or will not come: then it is ours to try."""
-        self._awaited.discard(position)
-        if not flight.cancelled() and flight.result() is Status.OK:
-            self._report(position, Status.OK)
-        else:
-            self._new.append(position)
-        self._news.set()
-
-    # --- asking
-
-    def _ask(self, now: float) -> bool:
-        """Ask for all that can be asked for now; whether there was room for it."""
-        fetcher = self._fetcher
-        while (piece := self.deal.next(now)) is not None:
-            node = piece.source.node
-            if not fetcher.peers.usable(node):
-                self.deal.not_asked(piece)
-                self.deal.exclude(node)
-                self._news.set()  # some blocks may be hopeless now
-                continue
-            size = len(piece.positions) * max(1, fetcher._landing.block_bytes(self._namespace))
-            if not fetcher.admission.take(self, size, self._news.set, background=self._background):
-                self.deal.not_asked(piece)
-                return False
-            pull = self._reserve(piece)
-            if pull is None:
-                fetcher.admission.give_back(size, background=self._background)
-                continue
-            self.deal.asked(piece)
-            self._pulls[piece] = pull
-            task = self._loop.create_task(self._pull(pull, size))
-            self._tasks.add(task)
-            task.add_done_callback(self._on_pulled)
-        fetcher.admission.leave(self)
-        return True
-
-    def _on_pulled(self, task: asyncio.Task[None]) -> None:
-        if task.exception() is None:
-            self._tasks.discard(task)
-        self._news.set()
-
-    def _reserve(self, piece: Piece) -> _Pull[P] | None:
-        """Slots for the blocks of a piece; those that need none are settled. None: nothing is left of it."""
-        indices: list[int] = []
-        places: list[P] = []
-        for position in piece.positions:
-            place = self._place(position)
-            if isinstance(place, Status):
-                continue
-            indices.append(position)
-            places.append(place)
-        piece.positions = indices
-        piece.left = set(indices)
-        return _Pull(piece, indices, places) if indices else None
-
-    def _place(self, position: int) -> P | Status:
-        fetcher, key = self._fetcher, self._hashes[position]
-        place = fetcher._landing.reserve(self._namespace, key)
-        if place is Status.BUSY:
-            if fetcher._watch(self._namespace, key):
-                name = (self._namespace, key)
-                elsewhere = fetcher._elsewhere.get(name)
-                if elsewhere is None:
-                    elsewhere = fetcher._elsewhere[name] = self._loop.create_future()
-                self._let_go(position, Status.LOST)  # who waits for us finds out by itself
-                self._await(position, elsewhere)
-                return place
-            place = fetcher._landing.reserve(self._namespace, key)  # it may have ended between the two questions
-        if isinstance(place, Status):
-            self._give_up(position, Status.OK if place is Status.EXISTS else place)
-        return place
-
-    async def _pull(self, pull: _Pull[P], admitted: int) -> None:
-        """One transport call; whatever happens, every place of it ends committed, aborted or quarantined."""
-        fetcher, piece = self._fetcher, pull.piece
-        peers, landing = fetcher.peers, fetcher._landing
-        open_places = dict(enumerate(pull.places))
-
-        def on_block(i: int, status: Status, checksum: bytes) -> None:
-            if status is not Status.OK or i not in open_places:
-                return
-            place = open_places.pop(i)
-            landing.commit(place, checksum)
-            fetcher.stats.blocks_pulled += 1
-            fetcher.stats.bytes_pulled += place.length
-            pull.moved_bytes += place.length
-            peers.landed(piece.source, place.length)
-            position = pull.indices[i]
-            self.deal.landed(piece, position, self._loop.time())
-            self._let_go(position, Status.OK)
-            self._report(position, Status.OK)
-
-        fetcher.stats.pulls += 1
-        peers.began(piece.source, pull.size)
-        result: PullResult | None = None
-        transport = fetcher._transport(piece.source.node)
-        started = self._loop.time()
-        try:
-            result = await transport.pull(
-                PullRequest(
-                    node=piece.source.node,
-                    namespace=self._namespace,
-                    hashes=[self._hashes[position] for position in pull.indices],
-                    destinations=[Extent(place.offset, place.length) for place in pull.places],
-                    deadline_s=max(0.001, self._deadline - started),
-                    on_block=on_block,
-                    call_off=pull.call_off,
-                )
-            )
-        finally:
-            for i, place in open_places.items():
-                if result is not None and i in result.unsafe:
-                    landing.quarantine(place, (transport.name, result.token))
-                else:
-                    landing.abort(place)
-            fetcher.admission.give_back(admitted, background=self._background)
-            self._settle(pull, result, sorted(open_places), self._loop.time() - started)
-        if self._loop.time() > self._deadline + LATE_S:
-            log.warning("a pull over %s from %016x overran its deadline", transport.name, piece.source.node)
-
-    def _settle(self, pull: _Pull[P], result: PullResult | None, missing: list[int], took_s: float) -> None:
-        """Take into account how a pull ended, and have others asked for what it did not bring."""
-        piece, peers, now = pull.piece, self._fetcher.peers, self._loop.time()
-        node = piece.source.node
-        in_time = now < self._deadline  # that the caller's own deadline was too short says nothing about the node
-        statuses = [result.statuses[i] if result is not None else Status.LOST for i in missing]
-        for i, status in zip(missing, statuses, strict=True):
-            position = pull.indices[i]
-            self.worst[position] = status
-            if pull.call_off.called:
-                self.deal.called_off(piece, position)
-            elif status is Status.BUSY:
-                self.deal.busy(piece, position, now)
-            else:
-                self.deal.failed(piece, position)
-            if position not in self._left:
-                self._let_go(position, status)
-        self.deal.ended(piece)
-        del self._pulls[piece]
-        waited_s = result.waited_s if result is not None else 0.0
-        lost_bytes = pull.size - pull.moved_bytes
-        came_bytes = max(pull.moved_bytes, result.bytes_moved if result is not None else 0)  # with the block half here
-        moved = Moved(waited_s, took_s, came_bytes)
-        if pull.call_off.called:
-            self._fetcher.stats.pulls_taken_over += not self._overtaken
-            if not came_bytes:  # all that is known is that it was slower than one block in all this time
-                moved = Moved(0.0, took_s, pull.places[0].length // 2)
-            peers.ended(piece.source, lost_bytes, moved)
-            return
-        peers.ended(piece.source, lost_bytes, moved)
-        if not missing:
-            peers.good(node)
-            return
-        if any(status in _BROKEN for status in statuses):
-            self.deal.exclude(node)
-        if in_time and not pull.moved_bytes and Status.TIMEOUT in statuses:
-            peers.silent(node)
-        elif in_time and Status.UNREACHABLE in statuses:
-            peers.failed(node)
-        rejected = statuses.count(Status.REJECTED)
-        if rejected:
-            spoilt = [pull.indices[i] for i, status in zip(missing, statuses, strict=True) if status is Status.REJECTED]
-            self._fetcher.on_rejected(node, self._namespace, [self._hashes[position] for position in spoilt])
-        counts = PullCounts(len(pull.indices) - len(missing), 0, len(missing), rejected, statuses.count(Status.MISS))
-        self._fetcher.count_failures(node, counts, result.reason if result is not None else "")
-
-
-_BROKEN: Final = frozenset({Status.TIMEOUT, Status.UNREACHABLE, Status.LOST})
-"""After one of these a node is not asked again by the same fetch."""

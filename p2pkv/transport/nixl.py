@@ -98,6 +98,7 @@ class NixlTransport:
         on_inline: called with a node that was asked from here although it could have been read natively: a data
             connection to it may be missing.
         stall_s: an owner that does not answer PIN for so long is given up.
+        may_send: whether so many bytes may be read from here now.
     """
 
     name = "nixl"
@@ -117,7 +118,9 @@ class NixlTransport:
         native: _native.NixlReads | None = None,
         on_inline: Callable[[int], None] = lambda node: None,
         stall_s: float = 0.5,
+        may_send: Callable[[int], bool] = lambda size: True,
     ) -> None:
+        self._may_send = may_send
         self._arena = arena
         self._source = source
         self._network = network
@@ -330,6 +333,9 @@ class NixlTransport:
         if endpoint is None:
             raise Busy("the NIXL process is being restarted")
         held = self._source.pin(pin.namespace, pin.hashes, min(pin.ttl_ms / 1000, self._lease_ttl_s), asker.node_id)
+        if held.lease and not self._may_send(sum(block.length for block in held.blocks if block is not None)):
+            self._source.release(held.lease, asker.node_id)
+            raise Busy("this node sends as much as it may", hint="Its transport.serve_max says how much.")
         if pin.serve and held.lease:
             self.process.serve(held.lease, time.monotonic() + held.ttl_s)
         statuses = bytearray()

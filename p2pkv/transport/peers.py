@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from p2pkv.transport.breaker import Breakers, Fault, State
-from p2pkv.transport.estimates import Estimates, Moved
+from p2pkv.transport.estimates import Estimates, Kept, Moved
 from p2pkv.transport.plan import Estimate, Source
 
 
@@ -58,6 +58,14 @@ class Peers:
         """Whether the node may be tried out now; :meth:`good`, :meth:`silent` or :meth:`failed` follows."""
         self.breakers.heard(node, self._heard_at(node))
         return self.breakers.allows(node, self._clock())
+
+    def kept(self) -> list[Kept]:
+        """What is worth writing down."""
+        return self.estimates.kept(self._clock())
+
+    def restore(self, kept: Iterable[Kept]) -> int:
+        """Take over what was written down; of how many sources."""
+        return self.estimates.restore(kept, self._clock())
 
     # --- transfers
 

@@ -43,6 +43,10 @@ _STATUS_OF_CODE: Final = {
 }
 
 
+_STATUS_OF_REFUSAL: Final = {"busy": Status.BUSY, "draining": Status.UNREACHABLE}
+"""Everything else is something that asking again does not change."""
+
+
 class TcpTransport:
     """See the module's docstring; the contract is in :mod:`p2pkv.transport.base`.
 
@@ -167,8 +171,13 @@ class TcpTransport:
                 break
         if moved.code is Code.OK:
             return _End(moved.bytes_moved, "", moved.waited_s)
-        statuses[reported:last] = [_STATUS_OF_CODE[moved.code]] * (last - reported)
-        return _End(moved.bytes_moved, _describe(moved), moved.waited_s)
+        refusal = _refusal(moved) if moved.code is Code.REFUSED else None
+        status = (
+            _STATUS_OF_CODE[moved.code] if refusal is None else _STATUS_OF_REFUSAL.get(refusal.code, Status.INVALID)
+        )
+        statuses[reported:last] = [status] * (last - reported)
+        said = _describe(moved) if refusal is None else f"refused: {refusal.message}"
+        return _End(moved.bytes_moved, said, moved.waited_s)
 
     async def _dial(self, node: int, deadline_s: float, call_off: CallOff | None = None) -> socket.socket:
         """A fresh data connection, or what keeps us from one; ended early by :meth:`stop`, or when it is called off."""
@@ -290,11 +299,14 @@ def split(lengths: Sequence[int], part_bytes: int, parts_max: int) -> list[tuple
     return runs
 
 
+def _refusal(moved: Moved) -> PeerError | None:
+    """What an owner's ERROR says; None: nothing that makes sense."""
+    try:
+        refusal = CODEC.decode(Frame(PeerType.ERROR, 0, 0, moved.detail))
+    except RemoteProtocolError:
+        return None
+    return refusal if isinstance(refusal, PeerError) else None
+
+
 def _describe(moved: Moved) -> str:
-    if moved.code is Code.REFUSED:
-        try:
-            refusal = CODEC.decode(Frame(PeerType.ERROR, 0, 0, moved.detail))
-        except RemoteProtocolError as error:
-            return str(error)
-        return f"refused: {refusal.message}" if isinstance(refusal, PeerError) else "refused"
     return f"{moved.code.name.lower()}: {moved.detail.decode(errors='replace')}"

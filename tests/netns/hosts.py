@@ -1,4 +1,4 @@
-"""Agents on hosts of a :class:`~p2pkv.bench.network.Network`, and what happens to them.
+"""Agents on hosts of a :class:`~p2pkv.netns.Network`, and what happens to them.
 
 with Hosts(8) as hosts:
     hosts.start_all()
@@ -19,11 +19,11 @@ import sys
 import time
 from typing import Any
 
-from p2pkv.bench.network import Network, inside
 from p2pkv.client import Layout
 from p2pkv.client.cache import Cache
 from p2pkv.gossip import keyfile
 from p2pkv.gossip.keyring import KEY_BYTES, Key, Keyring
+from p2pkv.netns import Network, inside
 from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout
 
 PORT = 7841

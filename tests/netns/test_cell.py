@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from p2pkv.bench.network import missing
 from p2pkv.gossip._gossip import Simulation
+from p2pkv.netns import missing
 from tests.cluster.agents import eventually
 from tests.netns.hosts import BLOCK_BYTES, Hosts
 
