@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, and the tables of docs/index.md, from results/*.json. Run by `make bench`.
+"""Writes docs/benchmarks.md, tables of docs/index.md and docs/pulls.md, and a plot, from results/*.json (`make bench`).
 
 The files are what `p2pkv bench NAME --json` printed.
 """
@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from p2pkv.bench.ttft_plot import svg
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 INDEX_PAGE = ROOT / "docs" / "index.md"
+PULLS_PAGE = ROOT / "docs" / "pulls.md"
+TTFT_PLOT = ROOT / "docs" / "ttft.svg"
 MEASURED = "<!-- measured: written by scripts/write_benchmarks.py -->"
 MEASURED_END = "<!-- /measured -->"
 INTRO = """# Benchmarks
@@ -113,11 +117,30 @@ def index_table(result: dict[str, Any]) -> str:
     return "\n\n".join([f"{result['when']}, {result['cpu']}:", table_, *words, *loads, beside, log])
 
 
-def write_measured(result: dict[str, Any]) -> None:
-    """Put the index's table where it is explained."""
-    text = INDEX_PAGE.read_text()
+def ttft_table(result: dict[str, Any]) -> str:
+    """Times to first token: a row per prompt length, a column per speed of the link."""
+    rows = [row for row in result["rows"] if row["mbit_s"]]
+    rates = sorted({row["mbit_s"] for row in rows}, reverse=True)
+    points = {(row["tokens"], row["mbit_s"]): row for row in rows}
+    lines = []
+    for tokens in sorted({row["tokens"] for row in rows}):
+        some = [points[tokens, rate] for rate in rates]
+        times = [f"{row['with_ms']:.0f} / {row['without_ms']:.0f} = **{row['ratio']:.2f}**" for row in some]
+        lines.append([str(tokens), *times])
+    head = ["tokens", *(f"{rate:g} Mb/s" for rate in rates)]
+    [cold] = [row for row in result["rows"] if not row["mbit_s"]]
+    words = (
+        f"Where nobody has the prompt ({cold['tokens']} tokens): {cold['with_ms']:.0f} / {cold['without_ms']:.0f} = "
+        f"**{cold['ratio']:.3f}**. Medians, ms with p2pkv / ms without; {result['when']}, {result['cpu']}."
+    )
+    return "\n\n".join([table(head, lines), words])
+
+
+def write_measured(page: Path, measured: str) -> None:
+    """Put a table where it is explained."""
+    text = page.read_text()
     begin, end = text.index(MEASURED), text.index(MEASURED_END)
-    INDEX_PAGE.write_text(text[: begin + len(MEASURED)] + "\n\n" + index_table(result) + "\n\n" + text[end:])
+    page.write_text(text[: begin + len(MEASURED)] + "\n\n" + measured + "\n\n" + text[end:])
 
 
 def main() -> int:
@@ -130,7 +153,10 @@ def main() -> int:
     PAGE.write_text("\n\n".join([INTRO.strip(), *map(section, results)]) + "\n")
     for result in results:
         if result["bench"] == "index":
-            write_measured(result)
+            write_measured(INDEX_PAGE, index_table(result))
+        elif result["bench"] == "ttft":
+            write_measured(PULLS_PAGE, ttft_table(result))
+            TTFT_PLOT.write_text(svg(result["rows"]))
     print(f"wrote {PAGE.relative_to(ROOT)} from {len(results)} result(s)")
     return 0
 
