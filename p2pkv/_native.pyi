@@ -267,6 +267,21 @@ class Gets:
             KeyboardInterrupt: and whatever else a signal handler raises.
         """
 
+    copied_fd: int
+    """Readable when :meth:`copied` has something; -1 without a directory."""
+
+    def copy_here(self, job: int, namespace: int, keys: list[bytes], to: Sequence[int], block_bytes: int) -> bool:
+        """Begin to copy blocks to these addresses, if all of them are in the arena; nothing else was begun if not.
+
+        Up to 4 MiB are copied before this returns. The memory has to stay until the job has come out of :meth:`copied`,
+        or :meth:`call_off_copies` has returned."""
+
+    def copied(self) -> list[tuple[int, bytes]]:
+        """Jobs that are done: per key 1 where the block's bytes are there."""
+
+    def call_off_copies(self) -> None:
+        """Give up what is not begun and wait for what is, a block per thread: then nothing is copied any more."""
+
     def get_here(
         self, namespace: int, keys: Sequence[bytes], buffers: Sequence[Any], block_bytes: int
     ) -> list[bool] | None:

@@ -281,6 +281,10 @@ class Cache:
         """
         _check_keys(keys, slots)
         request = Load(self.namespace, list(keys), region.number, list(slots), deadline_ms, pace.block_us, pace.more_ns)
+        if slots and min(slots) >= 0 and max(slots) < region.slots and region.slot_bytes >= self.layout.block_bytes:
+            job = self._client.load_here(request, region, self.layout.block_bytes)
+            if job is not None:
+                return job
         return self._client.submit(request, "load", len(keys), deadline_ms)
 
 
@@ -290,10 +294,21 @@ class Region:
     def __init__(self, client: AgentClient, fd: int, offset: int, slot_bytes: int, slots: int) -> None:
         self._client = client
         self._fd = fd
+        self._memory: _native.Mapping | None = None
+        self._unmappable = False
         self.offset = offset
         self.slot_bytes = slot_bytes
         self.slots = slots
         self.number = client.add_region(self)
+
+    def memory(self) -> _native.Mapping | None:
+        """The region as we write to it ourselves, mapped when first needed; None: it cannot be, or was given up."""
+        if self._memory is None and self._fd >= 0 and not self._unmappable:
+            try:
+                self._memory = _native.Mapping(self._fd, self.offset + self.slots * self.slot_bytes, True)
+            except OSError:
+                self._unmappable = True
+        return self._memory
 
     def announce(self, connection: Connection, deadline: float) -> None:
         """Tell an agent of this region (again)."""
@@ -309,6 +324,9 @@ class Region:
             DeadlineExceeded: the agent has not said so in time; the memory may still be in use.
         """
         deadline = time.monotonic() + deadline_ms / 1000
+        self._memory = None  # what is being copied into it keeps it
+        if (connection := self._client.live) is not None:
+            connection.own_loads.end()
         try:
             self._client.connection(deadline).request(UnmapRegion(self.number), deadline=deadline)
         except AgentUnavailable:
@@ -318,6 +336,7 @@ class Region:
     def forget(self) -> None:
         """Drop our side without asking the agent; it unmaps when the connection ends."""
         self._client.drop_region(self.number)
+        self._memory = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -22,6 +22,7 @@ from p2pkv.wire.frame import FrameDecoder
 
 RECV_BYTES: Final = 16 << 10
 """CPython allocates this much for every receive; much more would be mapped and unmapped each time."""
+BESIDE_S: Final = 0.001
 IN_FLIGHT_MAX: Final = 256
 """Unanswered requests; the agent's own default bound is the same."""
 
@@ -111,16 +112,19 @@ class Channel:
             self._reading = True
         self._read_once(0.0)
 
-    def wait_readable(self, timeout_s: float) -> None:
-        """Sleep until something arrives (or somebody else takes it in), at most ``timeout_s``."""
+    def wait_readable(self, timeout_s: float, *, beside: int = -1) -> None:
+        """Sleep until something arrives (or somebody else takes it in), at most ``timeout_s``.
+
+        ``beside``: or until this descriptor is readable; looked at again and again if somebody else reads ours.
+        """
         with self._lock:
             if self.broken is not None:
                 return
             if self._reading:
-                self._arrived.wait(timeout_s)
+                self._arrived.wait(timeout_s if beside < 0 else min(timeout_s, BESIDE_S))
                 return
             self._reading = True
-        self._read_once(timeout_s)
+        self._read_once(timeout_s, beside)
 
     def take_lost(self) -> list[OnAnswer]:
         """After the connection broke: the callbacks of requests that will never be answered."""
@@ -202,12 +206,16 @@ class Channel:
             self._sock.close()
             self._arrived.notify_all()
 
-    def _read_once(self, timeout_s: float) -> None:
+    def _read_once(self, timeout_s: float, beside: int = -1) -> None:
         """As the leader: wait for bytes, take them in, dispatch, give up the lead. Enter with the lock released."""
         data: bytes | None = None
         reason = "the agent closed it"
         try:
-            if timeout_s > 0:
+            if timeout_s > 0 and beside >= 0:
+                self._poll.register(beside, select.POLLIN)
+                self._poll.poll(timeout_s * 1000)
+                self._poll.unregister(beside)
+            elif timeout_s > 0:
                 self._poll.poll(timeout_s * 1000)
             data = self._sock.recv(RECV_BYTES)
         except BlockingIOError:

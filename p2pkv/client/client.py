@@ -17,11 +17,12 @@ import time
 from p2pkv.client.cache import Cache, Region
 from p2pkv.client.connection import Connection
 from p2pkv.client.jobs import JobKind, JobResult, Jobs
-from p2pkv.client.messages import Answer, Open, Opened, Request
+from p2pkv.client.messages import Answer, Done, Load, Open, Opened, Request
 from p2pkv.errors import AgentUnavailable, InvalidArgument, P2PKVError
 from p2pkv.light import Final
 from p2pkv.paths import default_socket_path
 from p2pkv.types import Layout
+from p2pkv.wire.engine_types import Source
 
 CONNECT_MS: Final = 2_000
 BACKOFF_S: Final = (0.05, 2.0)
@@ -86,6 +87,7 @@ class AgentClient:
             connection = self._connection
             if connection is not None:
                 connection.pump()
+                connection.own_loads.pump()
                 self._give_up_stuck(connection)
                 if connection.broken is not None:
                     self._collect_lost(connection)
@@ -93,7 +95,7 @@ class AgentClient:
             left = deadline - time.monotonic()
             if results or left <= 0 or not self._jobs.running or connection is None:
                 return results
-            connection.wait_readable(left)
+            connection.wait_news(left)
 
     @property
     def jobs_running(self) -> int:
@@ -175,6 +177,44 @@ class AgentClient:
             raise
         return job_id
 
+    def load_here(self, message: Load, region: Region, block_bytes: int) -> int | None:
+        """A load by threads of our own, of blocks that are all in the arena. None: they are not; ask the agent.
+
+        If some have gone by the time that they are copied, the agent is asked after all, for the same job.
+        """
+        connection = self._connection
+        memory = region.memory() if connection is not None and connection.own_loads.fd >= 0 else None
+        if connection is None or memory is None:
+            return None
+        keys = list(message.keys)
+        to = [memory.address + region.offset + slot * region.slot_bytes for slot in message.slots]
+        job_id = self._jobs.begin()
+
+        def on_copied(statuses: bytes) -> None:
+            if any(statuses):
+                self._go_on(job_id, message)
+            else:
+                done = Done(statuses, bytes([Source.LOCAL]) * len(keys), len(keys) * block_bytes, 0)
+                self._jobs.finish(job_id, "load", len(keys), done)
+
+        if connection.own_loads.begin(message.namespace, keys, memory, to, block_bytes, on_copied):
+            return job_id
+        self._jobs.forget(job_id)
+        return None
+
+    def _go_on(self, job_id: int, message: Load) -> None:
+        """The agent goes on with a load of ours that found too little."""
+
+        def on_answer(answer: Answer | P2PKVError) -> None:
+            self._loads.discard(job_id)
+            self._jobs.finish(job_id, "load", len(message.keys), answer)
+
+        self._loads.add(job_id)
+        try:
+            self.connection_now().submit(message, on_answer)
+        except P2PKVError as error:
+            on_answer(error)
+
     def add_region(self, region: Region) -> int:
         """Number a region and remember it for reconnects."""
         with self._lock:
@@ -231,5 +271,6 @@ class AgentClient:
             connection.close("a job was not answered long after its deadline")
 
     def _collect_lost(self, connection: Connection) -> None:
+        connection.own_loads.end()
         for on_answer in connection.take_lost():
             on_answer(connection.broken or AgentUnavailable("gone"))

@@ -12,6 +12,7 @@ import time
 from p2pkv import _native
 from p2pkv.client.channel import Channel
 from p2pkv.client.messages import Attach, EngineError, Ready, decode, encode
+from p2pkv.client.own_loads import OwnLoads
 from p2pkv.errors import AgentUnavailable, RemoteProtocolError
 from p2pkv.wire.engine_types import ENGINE_PROTOCOL_MAX, ENGINE_PROTOCOL_MIN
 from p2pkv.wire.frame import FrameDecoder
@@ -43,7 +44,15 @@ class Connection(Channel):
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+        self.own_loads = OwnLoads(self.gets)
         super().__init__(sock)
+
+    def wait_news(self, timeout_s: float) -> None:
+        """Sleep until something arrives or a load of our own is done, at most ``timeout_s``."""
+        if self.own_loads.running:
+            self.wait_readable(timeout_s, beside=self.own_loads.fd)
+        else:
+            self.wait_readable(timeout_s)
 
     def _break(self, reason: str) -> None:
         super()._break(reason)

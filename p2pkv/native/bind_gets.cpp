@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <chrono>
@@ -9,6 +10,7 @@
 #include <memory>
 
 #include "buffer.hpp"
+#include "copier.hpp"
 #include "gets.hpp"
 
 namespace nb = nanobind;
@@ -35,16 +37,20 @@ struct HeldReader {
     Directory directory;
 };
 
+constexpr unsigned kCopiers = 2;  // one does not use up what the memory can give
+
 // A socket's gets, and the arena that they are copied from, held for as long.
 struct HeldGets {
     HeldGets(int fd, nb::handle arena, nb::object table, nb::object marks)
         : main_thread(nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"))),
           memory(arena, false),
           directory(table.is_none() ? nullptr : std::make_unique<Directory>(table, marks, memory)),
+          copier(directory == nullptr ? nullptr : std::make_unique<Copier>(directory->reader, kCopiers)),
           gets(fd, memory.data(), memory.size(), directory == nullptr ? nullptr : &directory->reader) {}
     const unsigned long main_thread;  // where Python handles signals: no other thread need ask, or take the GIL for that
     Buffer memory;
     std::unique_ptr<Directory> directory;
+    std::unique_ptr<Copier> copier;  // with the directory
     Gets gets;
 };
 
@@ -123,6 +129,35 @@ nb::object get_here(HeldGets& self, uint64_t space, nb::list keys, nb::list buff
     return out;
 }
 
+// Begin to copy these blocks to these addresses, if all of them are in the arena. False: they are not, or an argument is not
+// as it should be; nothing was begun.
+bool copy_here(HeldGets& self, uint64_t job, uint64_t space, nb::list keys, const std::vector<uintptr_t>& to,
+               uint64_t block_bytes) {
+    const size_t count = nb::len(keys);
+    if (self.copier == nullptr || count == 0 || to.size() != count) return false;
+    std::vector<Copier::Item> items(count);
+    for (size_t i = 0; i < count; ++i) {
+        PyObject* key = PyList_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(i));
+        if (!PyBytes_CheckExact(key)) return false;
+        items[i] = {std::string(PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key))),
+                    reinterpret_cast<unsigned char*>(to[i])};
+    }
+    nb::gil_scoped_release release;
+    if (!self.gets.lives()) return false;
+    for (const Copier::Item& item : items)
+        if (!self.directory->reader.has(space, item.key, block_bytes)) return false;
+    self.copier->submit(job, space, std::move(items), block_bytes);
+    return true;
+}
+
+nb::list copied(HeldGets& self) {
+    nb::list out;
+    if (self.copier == nullptr) return out;
+    for (const Copier::Done& done : self.copier->drain())
+        out.append(nb::make_tuple(done.job, nb::bytes(reinterpret_cast<const char*>(done.came.data()), done.came.size())));
+    return out;
+}
+
 }  // namespace
 
 void bind_gets(nb::module_& m) {
@@ -141,6 +176,12 @@ void bind_gets(nb::module_& m) {
         .def(nb::init<int, nb::handle, nb::object, nb::object>(), "fd"_a, "arena"_a, "table"_a = nb::none(),
              "marks"_a = nb::none())
         .def("get", get, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a, "deadline_ms"_a, "deadline"_a)
+        .def("copy_here", copy_here, "job"_a, "namespace"_a, "keys"_a, "to"_a, "block_bytes"_a)
+        .def("copied", copied)
+        .def_prop_ro("copied_fd", [](const HeldGets& self) { return self.copier == nullptr ? -1 : self.copier->fd(); })
+        .def(
+            "call_off_copies", [](HeldGets& self) { if (self.copier != nullptr) self.copier->call_off(); },
+            nb::call_guard<nb::gil_scoped_release>())
         .def("get_here", get_here, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a)
         .def("close", [](HeldGets& self, std::string reason) { self.gets.close(std::move(reason)); }, "reason"_a,
              nb::call_guard<nb::gil_scoped_release>())

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.cluster]
 BLOCK = 256 << 10
 LAYOUT = make_layout(BLOCK)
 SLOTS = 32
+LOADS_ARE_THE_AGENTS = {"engine.directory": False}
+"""An engine would otherwise copy what is in the arena by itself (test_own_loads)."""
 
 
 class Memory:
@@ -80,7 +82,7 @@ def test_jobs_in_flight_are_lost_and_the_next_agent_gets_layouts_and_regions_aga
     cluster: Cluster, memory: Memory
 ) -> None:
     """The agent is stopped first, so that the jobs are in flight for sure when it is killed."""
-    [agent] = cluster.start(1, http_on=False)
+    [agent] = cluster.start(1, http_on=False, settings=LOADS_ARE_THE_AGENTS)
     client = agent.client()
     cache = client.open(LAYOUT)
     region = cache.map_region(memory.fd, slots=SLOTS)
@@ -206,7 +208,7 @@ def test_an_agent_that_stands_still_costs_no_call_more_than_its_deadline(cluster
 
 def test_a_load_is_the_agents_until_it_answers_or_is_gone(cluster: Cluster, memory: Memory) -> None:
     """An agent that stands still may go on writing when it wakes up: no result before, no byte after."""
-    [agent] = cluster.start(1, http_on=False)
+    [agent] = cluster.start(1, http_on=False, settings=LOADS_ARE_THE_AGENTS)
     client = agent.client()
     cache = client.open(LAYOUT)
     region = cache.map_region(memory.fd, slots=SLOTS)

@@ -1,0 +1,65 @@
+// An engine's own loads: blocks of the arena copied into its region by threads of its own process, found in the directory.
+#pragma once
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "completions.hpp"
+#include "directory_reader.hpp"
+
+namespace p2pkv {
+
+class Copier {
+  public:
+    static constexpr uint64_t kNowBytes = 4 << 20;  // half a millisecond at most, where to wake a thread takes 50 us
+
+    struct Item {
+        std::string key;
+        unsigned char* to;
+    };
+    struct Done {
+        uint64_t job;
+        std::vector<unsigned char> came;  // per item: 1 where the block's bytes are there
+    };
+
+    // The reader stays the caller's, and has to outlive this. Threads are started by the first job.
+    Copier(const DirectoryReader& reader, unsigned threads) : reader_(reader), threads_max_(threads) {}
+    ~Copier();
+    Copier(const Copier&) = delete;
+    Copier& operator=(const Copier&) = delete;
+
+    int fd() const { return completions_.fd(); }
+    // Up to kNowBytes are copied here, the rest by the threads. Thread-safe. What `to` points to has to stay until the job
+    // is drained, or call_off() has returned.
+    void submit(uint64_t job, uint64_t space, std::vector<Item> items, uint64_t block_bytes);
+    std::vector<Done> drain() { return completions_.drain(); }
+    // Give up what is not begun, and wait for what is: a block per thread. All jobs come out of drain() then.
+    void call_off();
+
+  private:
+    struct Job {
+        uint64_t id, space, block_bytes;
+        std::vector<Item> items;
+        size_t next = 0, finished = 0;
+        Done done;
+    };
+    void run();
+    bool copy(const Job& job, size_t index) const;
+    void finished(Job& job);  // with the lock
+
+    const DirectoryReader& reader_;
+    const unsigned threads_max_;
+    std::mutex mutex_;  // guards what follows
+    std::condition_variable work_, idle_;
+    std::deque<std::shared_ptr<Job>> jobs_;
+    size_t unfinished_ = 0;
+    bool stopping_ = false;
+    std::vector<std::thread> threads_;
+    Completions<Done> completions_;
+};
+
+}  // namespace p2pkv
