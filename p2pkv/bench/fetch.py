@@ -86,23 +86,40 @@ PHASES: Final = (
 )
 
 
-class Limit(NamedTuple):
-    """A promise of issue 2: get_into's p50 against that of a limit, as a multiple or as a share of its rate."""
+class Promise(NamedTuple):
+    """A way's p50 against that of a limit: at most ``value`` times it, or at least ``value`` of its rate."""
 
     transport: str
     case: str
     against: str
     value: float
     share: bool
+    way: str = "get_into"
+
+
+def _over(case: str, value: float) -> Promise:
+    return Promise("tcp", case, "raw_tcp", value, share=False)
+
+
+def _of(transport: str, case: str, value: float) -> Promise:
+    return Promise(transport, case, f"raw_{transport}", value, share=True)
 
 
 PROMISES: Final = (
-    Limit("tcp", "1MiB", "raw_tcp", 2.5, share=False),
-    Limit("tcp", "4MiB", "raw_tcp", 1.7, share=False),
-    Limit("tcp", "64x1MiB", "raw_tcp", 0.8, share=True),
-    Limit("nixl", "4MiB", "raw_nixl", 1.4, share=False),
-    Limit("nixl", "64x1MiB", "raw_nixl", 0.8, share=True),
+    *(_over(case, value) for case, value in (("256KiB", 2.0), ("1MiB", 1.5), ("4MiB", 1.3))),
+    *(_of("tcp", case, 0.9) for case in ("16x256KiB", "16x1MiB", "64x1MiB")),
+    *(
+        Promise("tcp", f"{case}.local", "memcpy", 0.9, share=True, way=way)
+        for case in ("1MiB", "16x1MiB", "4MiB")
+        for way in OURS
+    ),
+    *(_of("nixl", case, value) for case, value in (("256KiB", 0.5), ("16x256KiB", 0.8))),
+    *(_of("nixl", case, 0.9) for case in ("16x1MiB", "64x1MiB")),
 )
+"""Of issue 5: what a get from one peer takes, and what a block that is here takes."""
+
+LOCAL_64K_US: Final = 100.0
+"""A load of a block that is here, of 64 KiB."""
 
 
 def run(*, transports: Sequence[str] = (), quick: bool = False, progress: Progress | None = None) -> Report:
@@ -139,19 +156,25 @@ def choose(transports: Sequence[str], progress: Progress) -> Sequence[str]:
 
 def claims_of(rows: Sequence[Times]) -> list[Claim]:
     """The promises about transports that were measured."""
-    claims = []
+    middles = {(row.transport, row.case, row.way): row.p50_us for row in rows}
     measured = {row.transport for row in rows}
-    for transport, case, against, limit, share in PROMISES:
+    claims = []
+    for transport, case, against, limit, share, way in PROMISES:
         if transport not in measured:
             continue
-        middles = {row.way: row.p50_us for row in rows if (row.transport, row.case) == (transport, case)}
-        ours, theirs = middles.get("get_into"), middles.get(against)
+        ours, theirs = middles.get((transport, case, way)), middles.get((transport, case, against))
+        name = f"fetch.{transport}.{case}" if way == "get_into" else f"fetch.{transport}.{case}.{way}"
         if share:
-            what = f"get_into's GB/s at p50 of that of {against}, interleaved"
-            claims.append(at_least(f"fetch.{transport}.{case}.of_{against}", ratio(theirs, ours), limit, "x", what))
+            what = f"{way}'s GB/s at p50 of that of {against}, interleaved"
+            claims.append(at_least(f"{name}.of_{against}", ratio(theirs, ours), limit, "x", what))
         else:
-            what = f"get_into's p50 over that of {against}, interleaved"
-            claims.append(at_most(f"fetch.{transport}.{case}.over_{against}", ratio(ours, theirs), limit, "x", what))
+            what = f"{way}'s p50 over that of {against}, interleaved"
+            claims.append(at_most(f"{name}.over_{against}", ratio(ours, theirs), limit, "x", what))
+    if "tcp" in measured:
+        local_us = ratio(middles.get(("tcp", "64KiB.local", "load")), 1.0)
+        claims.append(
+            at_most("fetch.tcp.64KiB.local.load", local_us, LOCAL_64K_US, "us", "p50 of a load, to its result")
+        )
     return claims
 
 

@@ -18,28 +18,34 @@ def _row(transport: str, case: str, way: str, seconds: float) -> Times:
     return times([seconds], case=case, way=way, transport=transport, blocks=1, block_bytes=1 << 20)
 
 
-def test_fetch_claims_are_of_get_into_over_the_limit_of_the_same_case_and_transport() -> None:
+def test_fetch_claims_are_of_a_way_over_the_limit_of_the_same_case_and_transport() -> None:
     rows = [
         *(_row("tcp", case, "raw_tcp", 1.0) for case in ("1MiB", "4MiB")),
-        _row("tcp", "1MiB", "get_into", 2.0),
+        _row("tcp", "1MiB", "get_into", 1.5),
         _row("tcp", "1MiB", "load", 9.0),
-        _row("tcp", "4MiB", "get_into", 2.0),
+        _row("tcp", "4MiB", "get_into", 1.4),
         _row("tcp", "64x1MiB", "raw_tcp", 0.9),
         _row("tcp", "64x1MiB", "get_into", 1.0),
+        _row("tcp", "1MiB.local", "memcpy", 1.0),
+        _row("tcp", "1MiB.local", "get_into", 1.25),
+        _row("tcp", "1MiB.local", "load", 0.8),
+        _row("tcp", "64KiB.local", "load", 99e-6),
     ]
-    claims = {claim.id: claim for claim in fetch.claims_of(rows)}
+    claims = {claim.id: claim for claim in fetch.claims_of(rows) if claim.value is not None}
     assert {id_: (claim.value, claim.ok) for id_, claim in claims.items()} == {
-        "fetch.tcp.1MiB.over_raw_tcp": (2.0, True),
-        "fetch.tcp.4MiB.over_raw_tcp": (2.0, False),
+        "fetch.tcp.1MiB.over_raw_tcp": (1.5, True),
+        "fetch.tcp.4MiB.over_raw_tcp": (1.4, False),
         "fetch.tcp.64x1MiB.of_raw_tcp": (0.9, True),
+        "fetch.tcp.1MiB.local.of_memcpy": (0.8, False),
+        "fetch.tcp.1MiB.local.load.of_memcpy": (1.25, True),
+        "fetch.tcp.64KiB.local.load": (99.0, True),
     }
 
 
 def test_a_case_that_was_not_measured_is_a_claim_that_does_not_hold() -> None:
     claims = fetch.claims_of([_row("nixl", "1MiB", "get_into", 2.0)])
     assert [(claim.id, claim.value, claim.ok) for claim in claims] == [
-        ("fetch.nixl.4MiB.over_raw_nixl", None, False),
-        ("fetch.nixl.64x1MiB.of_raw_nixl", None, False),
+        (f"fetch.nixl.{case}.of_raw_nixl", None, False) for case in ("256KiB", "16x256KiB", "16x1MiB", "64x1MiB")
     ]
 
 
