@@ -165,6 +165,9 @@ class Pool:
     def expect(self, node: int, first_byte_s: float, byte_s: float) -> None:
         """What is expected of the node, by which native code chooses among holders."""
 
+    def learn(self, node: int, waited_s: float) -> None:
+        """The node's first byte came after this long; 0 says nothing. Of nodes that have a connection here."""
+
     def clear(self) -> None: ...
     def idle(self) -> int: ...
     def idle_at(self, node: int) -> int: ...

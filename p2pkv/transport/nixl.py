@@ -31,6 +31,7 @@ from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResu
 from p2pkv.transport.nixl_native import NativeReads
 from p2pkv.transport.nixl_process import NixlOptions, NixlProcess
 from p2pkv.transport.nixl_wire import Run
+from p2pkv.transport.patience import Patience
 from p2pkv.types import CHECKSUM_BYTES, Status
 from p2pkv.wire.fields import Extent
 from p2pkv.wire.peer import (
@@ -97,7 +98,7 @@ class NixlTransport:
         native: does inline reads by itself for engines' GETs, over idle data connections; None: nothing does.
         on_inline: called with a node that was asked from here although it could have been read natively: a data
             connection to it may be missing.
-        stall_s: an owner that does not answer PIN for so long is given up.
+        stall_s: an owner that does not answer PIN for so long is given up; sooner where it is known to be quick.
         may_send: whether so many bytes may be read from here now.
     """
 
@@ -127,6 +128,7 @@ class NixlTransport:
         self._lease_ttl_s = lease_ttl_s
         self._on_endpoint = on_endpoint
         self._stall_s = stall_s
+        self._patience = Patience(stall_s)
         self._owners: dict[int, _Owner] = {}
         self._connecting: dict[int, asyncio.Task[_Owner]] = {}
         self._releases: set[asyncio.Task[None]] = set()
@@ -173,6 +175,7 @@ class NixlTransport:
 
     def peer_gone(self, node: int) -> None:
         """Forget the peer's NIXL process; when it is back, it is another."""
+        self._patience.forget(node)
         if self._native is not None:
             self._native.drop_peer(node)
         owner = self._owners.pop(node, None)
@@ -240,7 +243,9 @@ class NixlTransport:
             owner = self._owner(request.node) or await self._connect(request.node, link, deadline - loop.time())
             pin = Pin(request.namespace, list(request.hashes), int(self._lease_ttl_s * 1000), not owner.inline)
             # A holder that stands still must not use up the time in which another one could be asked.
-            pinned = await link.request(pin, max(0.001, min(deadline - loop.time(), self._stall_s)))
+            asked_at = loop.time()
+            pinned = await link.request(pin, max(0.001, min(deadline - asked_at, self._patience.of(request.node))))
+            self._patience.learn(request.node, loop.time() - asked_at)
             assert isinstance(pinned, Pinned)  # the link pairs requests with the type of their answers
             count = len(request.hashes)
             lists = (pinned.statuses, pinned.extents, pinned.generations)

@@ -36,6 +36,10 @@ class Patience:
             return self._ceiling_s
         return min(self._ceiling_s, max(FLOOR_S, FACTOR * slowest))
 
+    def slowest(self, node: int) -> float:
+        """The slowest recent answer that is remembered; 0 if there is none."""
+        return self._slowest.get(node, 0.0)
+
     def learn(self, node: int, waited_s: float) -> None:
         """The node's first byte came after this long; 0 = it did not come, which says nothing."""
         if waited_s <= 0:

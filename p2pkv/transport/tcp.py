@@ -187,8 +187,13 @@ class TcpTransport:
             self._dialing.add(limit)
             if call_off is not None:
                 call_off.on_call(lambda: limit.reschedule(0.0) if limit in self._dialing else None)
+            began = asyncio.get_running_loop().time()
             try:
-                return await self._open_data(node, deadline_s)
+                sock = await self._open_data(node, deadline_s)
+                # An answer comes no sooner than a connection: so a peer that has not answered anything yet, and does
+                # not, is waited for as long as its link is worth.
+                self._patience.learn(node, asyncio.get_running_loop().time() - began)
+                return sock
             finally:
                 self._dialing.discard(limit)
 
@@ -213,8 +218,8 @@ class TcpTransport:
                 on_blocks=on_blocks,
                 call_off=request.call_off,
             )
-            self._patience.learn(node, moved.waited_s)
             reusable = moved.code is Code.OK
+            self._patience.learn(node, moved.waited_s)
             return moved
         finally:
             if reusable:
@@ -251,6 +256,7 @@ class TcpTransport:
             sock.close()
             return
         self.pool.give(node, self._slot_of(node) or 0, sock.detach())
+        self.pool.learn(node, self._patience.slowest(node))  # native code has not seen all that we have
 
     # --- owner ---
 

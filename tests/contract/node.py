@@ -128,11 +128,13 @@ class Node:
             tcp._patience = Unhurried(stall_s)
             self.network.on_data_connection = lambda sock, hello, rest: tcp.accept(sock, hello.card.node, rest)
             return tcp
-        return NixlTransport(
+        nixl = NixlTransport(
             arena=self.arena, source=self.source, network=self.network, node=self.id, epoch=1,
             options=NixlOptions(ucx=UCX_OVER_TCP if self.kind == "nixl-tcp" else {}),
             lease_ttl_s=10.0, on_clear=self.cleared.append, on_endpoint=lambda: None, native=self.native,
         )  # fmt: skip
+        nixl._patience = Unhurried(stall_s)
+        return nixl
 
     async def start(self) -> Node:
         self.movers.start()

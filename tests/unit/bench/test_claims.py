@@ -83,30 +83,45 @@ def test_a_ring_is_larger_than_what_the_reader_keeps_and_a_batch_fits_under_leas
         assert phase.reader_bytes >= 2 * batch * phase.block_bytes
 
 
-def _kill(during: float, miss: float, status: Status = Status.MISS) -> failover.Kill:
-    return failover.Kill([1e-4] * 1000, [during] * 1000, [1e-4] * 1000, miss, status, 1e-3, 1.0)
+def _kill(during: float, miss: float, status: Status = Status.MISS, then: float = 1e-3) -> failover.Kill:
+    return failover.Kill([1e-4] * 1000, [during] * 1000, [1e-4] * 1000, 1e-3, miss, status, then, 1e-3, 1.0)
 
 
-def test_failover_claims_are_of_the_median_ratio_and_the_slowest_miss() -> None:
-    kills = [_kill(1e-4, 0.01), _kill(1e-4, 0.2), _kill(9e-4, 0.01)]
-    claims = failover.claims_of([failover.row_of(n, failover.CAPACITY_BYTES, kill) for n, kill in enumerate(kills)])
-    assert [(claim.value, claim.ok) for claim in claims] == [(1.0, True), (1.0, True), (0.0, True), (200.0, False)]
+def _rounds(fault: str, kills: list[failover.Kill], size: int = failover.CAPACITY_BYTES) -> list[failover.Round]:
+    return [failover.row_of(n, fault, size, kill) for n, kill in enumerate(kills)]
+
+
+def _failover_claims(rows: list[failover.Round]) -> dict[str, tuple[float, bool]]:
+    claims = failover.claims_of(rows)
+    return {claim.id.removeprefix("failover."): (claim.value, claim.ok) for claim in claims if claim.value is not None}
+
+
+def test_failover_claims_are_of_the_median_ratio_and_the_slowest_get_beyond_a_miss() -> None:
+    killed = _rounds("killed", [_kill(1e-4, 0.011), _kill(1e-4, 0.201), _kill(9e-4, 0.011)])
+    stopped = _rounds("stopped", [_kill(2e-4, 0.051, then=0.004)])
+    assert _failover_claims(killed + stopped) == {
+        "blocks_from_the_dead": (0.0, True),
+        "killed.local_p99.during_over_before": (1.0, True),
+        "killed.local_p99.after_over_before": (1.0, True),
+        "killed.first_get": (200.0, False),
+        "killed.then": (0.0, True),
+        "stopped.local_p99.during_over_before": (2.0, False),
+        "stopped.local_p99.after_over_before": (1.0, True),
+        "stopped.first_get": (50.0, True),
+        "stopped.then": (3.0, False),
+    }
 
 
 def test_a_full_arena_has_a_claim_of_its_own() -> None:
-    rows = [
-        failover.row_of(0, failover.CAPACITY_BYTES, _kill(1e-4, 0.01)),
-        failover.row_of(1, failover.FULL_BYTES, _kill(9e-4, 0.3)),
-    ]
-    claims = {claim.id: (claim.value, claim.ok) for claim in failover.claims_of(rows)}
-    assert claims["failover.local_p99.during_over_before"] == (1.0, True)
-    assert claims["failover.first_get_of_dead"] == (10.0, True)
-    assert claims["failover.first_get_of_dead.full_arena"] == (300.0, False)
+    rows = _rounds("killed", [_kill(1e-4, 0.011)]) + _rounds("killed", [_kill(9e-4, 0.301)], failover.FULL_BYTES)
+    claims = _failover_claims(rows)
+    assert claims["killed.local_p99.during_over_before"] == (1.0, True)
+    assert claims["killed.first_get"] == (10.0, True)
+    assert claims["killed.first_get.full_arena"] == (300.0, False)
 
 
 def test_a_block_from_the_dead_is_never_right() -> None:
-    claims = failover.claims_of([failover.row_of(0, failover.CAPACITY_BYTES, _kill(1e-4, 0.01, Status.OK))])
-    assert [claim.id for claim in claims if not claim.ok] == ["failover.blocks_from_the_dead"]
+    assert _failover_claims(_rounds("killed", [_kill(1e-4, 0.01, Status.OK)]))["blocks_from_the_dead"] == (1.0, False)
 
 
 def _idle(transport: str, total: float | None) -> idle.Idle:
