@@ -273,11 +273,13 @@ class Gets:
     copied_fd: int
     """Readable when :meth:`copied` has something; -1 without a directory."""
 
-    def copy_here(self, job: int, namespace: int, keys: list[bytes], to: Sequence[int], block_bytes: int) -> bool:
-        """Begin to copy blocks to these addresses, if all of them are in the arena; nothing else was begun if not.
+    def copy_here(
+        self, job: int, namespace: int, keys: list[bytes], to: Sequence[int], block_bytes: int
+    ) -> bytes | bool | None:
+        """Copy blocks to these addresses, if all of them are in the arena; None, and nothing was done, if not.
 
-        Up to 4 MiB are copied before this returns. The memory has to stay until the job has come out of :meth:`copied`,
-        or :meth:`call_off_copies` has returned."""
+        Up to 4 MiB are copied now: per key 1 where the block's bytes are there. More goes on (True): the memory has to
+        stay until the job has come out of :meth:`copied`, or :meth:`call_off_copies` has returned."""
 
     def copied(self) -> list[tuple[int, bytes]]:
         """Jobs that are done: per key 1 where the block's bytes are there."""

@@ -87,7 +87,8 @@ class AgentClient:
             connection = self._connection
             if connection is not None:
                 connection.pump()
-                connection.own_loads.pump()
+                if connection.own_loads.running:
+                    connection.own_loads.pump()
                 self._give_up_stuck(connection)
                 if connection.broken is not None:
                     self._collect_lost(connection)

@@ -15,8 +15,10 @@ from p2pkv.types import Status
 
 OPEN_MAX: Final = 1_024
 
+_STATUS_OF: Final = bytes([Status.MISS, Status.OK]) + bytes([Status.MISS]) * 254
+
 OnCopied = Callable[[bytes], None]
-"""Called once, from whoever polls, with a status per key."""
+"""Called once, by :meth:`OwnLoads.begin` already or from whoever polls, with a status per key."""
 
 
 class _Job(NamedTuple):
@@ -58,18 +60,22 @@ class OwnLoads:
                 return False
             job, self._next = self._next, self._next + 1
             self._jobs[job] = _Job(memory, on_copied)
-        if self._gets.copy_here(job, namespace, keys, to, block_bytes):
+        came = self._gets.copy_here(job, namespace, keys, to, block_bytes)
+        if came is True:
             return True
         with self._lock:
             del self._jobs[job]
-        return False
+        if not isinstance(came, bytes):
+            return False
+        on_copied(_statuses(came))
+        return True
 
     def pump(self) -> None:
         """Report what is done."""
         for number, came in self._gets.copied():
             with self._lock:
                 job = self._jobs.pop(number)
-            job.on_copied(bytes(Status.OK if here else Status.MISS for here in came))
+            job.on_copied(_statuses(came))
 
     def end(self) -> None:
         """Give up what is not begun, wait for the rest (a block per thread), and report all: then nobody writes."""
@@ -79,3 +85,7 @@ class OwnLoads:
     def __del__(self) -> None:
         if self._jobs:  # before their memory goes
             self._gets.call_off_copies()
+
+
+def _statuses(came: bytes) -> bytes:
+    return came.translate(_STATUS_OF)

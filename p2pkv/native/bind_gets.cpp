@@ -129,32 +129,39 @@ nb::object get_here(HeldGets& self, uint64_t space, nb::list keys, nb::list buff
     return out;
 }
 
-// Begin to copy these blocks to these addresses, if all of them are in the arena. False: they are not, or an argument is not
-// as it should be; nothing was begun.
-bool copy_here(HeldGets& self, uint64_t job, uint64_t space, nb::list keys, const std::vector<uintptr_t>& to,
+nb::bytes came_of(const Copier::Done& done) {
+    return nb::bytes(reinterpret_cast<const char*>(done.came.data()), done.came.size());
+}
+
+// Copy these blocks to these addresses, if all of them are in the arena. What came, or True: it goes on. None: they are not, or
+// an argument is not as it should be; nothing was done.
+nb::object copy_here(HeldGets& self, uint64_t job, uint64_t space, nb::list keys, const std::vector<uintptr_t>& to,
                uint64_t block_bytes) {
     const size_t count = nb::len(keys);
-    if (self.copier == nullptr || count == 0 || to.size() != count) return false;
+    if (self.copier == nullptr || count == 0 || to.size() != count) return nb::none();
     std::vector<Copier::Item> items(count);
     for (size_t i = 0; i < count; ++i) {
         PyObject* key = PyList_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(i));
-        if (!PyBytes_CheckExact(key)) return false;
+        if (!PyBytes_CheckExact(key)) return nb::none();
         items[i] = {std::string(PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key))),
                     reinterpret_cast<unsigned char*>(to[i])};
     }
-    nb::gil_scoped_release release;
-    if (!self.gets.lives()) return false;
-    for (const Copier::Item& item : items)
-        if (!self.directory->reader.has(space, item.key, block_bytes)) return false;
-    self.copier->submit(job, space, std::move(items), block_bytes);
-    return true;
+    std::optional<Copier::Done> done;
+    {
+        nb::gil_scoped_release release;
+        if (!self.gets.lives()) return nb::none();
+        for (const Copier::Item& item : items)
+            if (!self.directory->reader.has(space, item.key, block_bytes)) return nb::none();
+        done = self.copier->submit(job, space, std::move(items), block_bytes);
+    }
+    return done ? nb::object(came_of(*done)) : nb::cast(true);
 }
 
 nb::list copied(HeldGets& self) {
     nb::list out;
     if (self.copier == nullptr) return out;
     for (const Copier::Done& done : self.copier->drain())
-        out.append(nb::make_tuple(done.job, nb::bytes(reinterpret_cast<const char*>(done.came.data()), done.came.size())));
+        out.append(nb::make_tuple(done.job, came_of(done)));
     return out;
 }
 

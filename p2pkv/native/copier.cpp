@@ -12,7 +12,7 @@ Copier::~Copier() {
     for (std::thread& thread : threads_) thread.join();
 }
 
-void Copier::submit(uint64_t id, uint64_t space, std::vector<Item> items, uint64_t block_bytes) {
+std::optional<Copier::Done> Copier::submit(uint64_t id, uint64_t space, std::vector<Item> items, uint64_t block_bytes) {
     auto job = std::make_shared<Job>();
     job->id = id;
     job->space = space;
@@ -29,9 +29,11 @@ void Copier::submit(uint64_t id, uint64_t space, std::vector<Item> items, uint64
     if (here) {
         for (size_t i = job->items.size(); i-- > 0;) job->done.came[i] = copy(*job, i);
         std::lock_guard lock(mutex_);
-        return finished(*job);
+        one_less();
+        return std::move(job->done);
     }
     several ? work_.notify_all() : work_.notify_one();
+    return std::nullopt;
 }
 
 bool Copier::copy(const Job& job, size_t index) const {
@@ -41,6 +43,10 @@ bool Copier::copy(const Job& job, size_t index) const {
 
 void Copier::finished(Job& job) {
     completions_.push(std::move(job.done));
+    one_less();
+}
+
+void Copier::one_less() {
     if (--unfinished_ == 0) idle_.notify_all();
 }
 

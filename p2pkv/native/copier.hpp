@@ -4,6 +4,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -33,9 +34,9 @@ class Copier {
     Copier& operator=(const Copier&) = delete;
 
     int fd() const { return completions_.fd(); }
-    // Up to kNowBytes are copied here, the rest by the threads. Thread-safe. What `to` points to has to stay until the job
-    // is drained, or call_off() has returned.
-    void submit(uint64_t job, uint64_t space, std::vector<Item> items, uint64_t block_bytes);
+    // Up to kNowBytes are copied here, and returned as done; more by the threads, and comes out of drain(). Thread-safe. What
+    // `to` points to has to stay until then, or until call_off() has returned.
+    std::optional<Done> submit(uint64_t job, uint64_t space, std::vector<Item> items, uint64_t block_bytes);
     std::vector<Done> drain() { return completions_.drain(); }
     // Give up what is not begun, and wait for what is: a block per thread. All jobs come out of drain() then.
     void call_off();
@@ -50,6 +51,7 @@ class Copier {
     void run();
     bool copy(const Job& job, size_t index) const;
     void finished(Job& job);  // with the lock
+    void one_less();          // with the lock
 
     const DirectoryReader& reader_;
     const unsigned threads_max_;
