@@ -7,7 +7,10 @@ byte that they are given. The reader's agent keeps next to nothing, so nearly ev
 A pull is over in a millisecond and a slot just pinned is the last to be evicted, so that alone would seldom meet a
 reused slot. Therefore the reader's agent is stopped (SIGSTOP) again and again, in the middle of whatever it is pulling;
 while it stands still the writer fills the owner's whole arena anew; then the agent goes on. Only the leases stand
-between the bytes that it still has to read and the blocks that were written meanwhile.
+between the bytes that it still has to read and the blocks that were written meanwhile. Every so often the owner is
+stopped in the middle of what it is sending, and goes on when nobody waits for it any more; or it is killed, and another
+one takes its place, with as many slots, other blocks in them, and a new identity.
+
 `benchmarks/without_guards.py` shows what happens without them.
 """
 
@@ -28,7 +31,7 @@ from pathlib import Path
 from typing import Final
 
 from p2pkv.bench import report
-from p2pkv.bench.agents import AgentProcess, fleet, layout_of, wait_until
+from p2pkv.bench.agents import AgentProcess, Fleet, fleet, layout_of, wait_until
 from p2pkv.bench.child import Child
 from p2pkv.bench.idle import descendants
 from p2pkv.bench.progress import Progress
@@ -49,6 +52,11 @@ BURST: Final = 3 * OWNER_SLOTS // 2
 """More than all slots: what was pinned last is evicted last."""
 PAUSE_EVERY_S: Final = 0.25
 PAUSE_TRIES: Final = 20
+STOPS: Final = 8
+KILLS: Final = 4
+"""Of the owner, over all reads."""
+STOP_S: Final = 0.4
+"""Longer than a reader waits for an owner that it knows."""
 NAP_S: Final = 0.005
 PINNED: Final = 'p2pkv_arena_used_bytes{use="pinned"}'
 WINDOW: Final = (0.1, 1.1)
@@ -67,7 +75,8 @@ class Stress(Row, frozen=True, kw_only=True):
     """What came of all reads, in blocks. ``pulled`` and ``rejected`` are the reader's agent's own counts.
 
     ``pauses``: times that the reader's agent was stopped in the middle of a read while the owner's arena was written
-    anew; ``held_blocks``: blocks that were under lease then, so that their slots had to be left alone.
+    anew; ``held_blocks``: blocks that were under lease then, so that their slots had to be left alone. ``evicted``: by
+    the last owner.
     """
 
     transport: str
@@ -82,6 +91,8 @@ class Stress(Row, frozen=True, kw_only=True):
     timed_out: int
     pauses: int
     held_blocks: int
+    owner_stops: int
+    owner_kills: int
     written: int
     evicted: int
     seconds: float
@@ -97,16 +108,11 @@ def run(*, reads: int = READS, transport: str = "tcp", progress: Progress | None
     """
     progress = progress or Progress()
     with contextlib.ExitStack() as exits:
-        agents = exits.enter_context(fleet())
-        owner, reader = (
-            agents.start(
-                name, capacity_bytes=slots * BLOCK_BYTES, transport=transport, http=True, settings=QUICK_GOSSIP
-            )
-            for name, slots in (("owner", OWNER_SLOTS), ("reader", READER_SLOTS))
-        )
+        scene = Scene(exits.enter_context(fleet()), transport)
+        reader = scene.reader
         path = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="p2pkv-bench-"))) / "written"
         written = Counter(path)
-        writer = exits.enter_context(Child("stress_writer", owner.socket, str(path), str(WRITES_PER_S)))
+        writer = exits.enter_context(Child("stress_writer", scene.owner.socket, str(path), str(WRITES_PER_S)))
         writer.line()
         wait_until("the owner's arena to be full", lambda: written.value >= OWNER_SLOTS)
         readers = [Reader(number, reader.socket, written) for number in range(READERS)]
@@ -115,7 +121,7 @@ def run(*, reads: int = READS, transport: str = "tcp", progress: Progress | None
         for one in readers:
             one.start()
         try:
-            pauses, pinned = _wait((owner, reader), writer, readers, first, reads, progress)
+            _wait(scene, writer, readers, first, reads, progress)
         finally:
             for one in readers:
                 one.stopping.set()
@@ -125,46 +131,73 @@ def run(*, reads: int = READS, transport: str = "tcp", progress: Progress | None
         for one in readers:
             if one.error is not None:
                 raise one.error
-        row = row_of(
-            transport, readers, owner.metrics(), reader.metrics(), first, written.value, seconds, pauses, pinned
-        )
+        row = row_of(transport, readers, scene, first, written.value, seconds)
     return report.make_report("stress", [row], claims_of(row, reads))
 
 
-def _wait(
-    agents: tuple[AgentProcess, AgentProcess],
-    writer: Child,
-    readers: list[Reader],
-    first: int,
-    reads: int,
-    progress: Progress,
-) -> tuple[int, int]:
-    """Stop the reader's agent and write, until enough has been pulled.
+class Scene:
+    """Two agents, what is done to them, and how often that was."""
 
-    Returns how often it was stopped in the middle of a read, and how many bytes were under lease then.
-    """
-    owner, agent = agents
+    def __init__(self, agents: Fleet, transport: str) -> None:
+        self._agents = agents
+        self._transport = transport
+        self.owner = self._start("owner", OWNER_SLOTS)
+        self.reader = self._start("reader", READER_SLOTS)
+        self.pauses = self.pinned_bytes = self.stops = self.kills = 0
+
+    def _start(self, name: str, slots: int) -> AgentProcess:
+        size = slots * BLOCK_BYTES
+        return self._agents.start(
+            name, capacity_bytes=size, transport=self._transport, http=True, settings=QUICK_GOSSIP
+        )
+
+    def pause_reader(self, writer: Child, rng: random.Random) -> None:
+        """Stop the reader's agent in the middle of a read, if one is met soon; the owner's arena is written anew."""
+        for _ in range(PAUSE_TRIES):
+            with paused(self.reader):
+                held = int(self.owner.metrics()[PINNED])
+                if held:
+                    writer.ask(str(BURST))
+                    self.pauses += 1
+                    self.pinned_bytes += held
+                    return
+            time.sleep(rng.uniform(0.0, NAP_S))  # it was between two pulls
+
+    def stop_owner(self) -> None:
+        """Have the owner stand still for a while."""
+        with paused(self.owner):
+            time.sleep(STOP_S)
+        self.stops += 1
+
+    def kill_owner(self) -> None:
+        """Have another owner in the place of this one."""
+        for pid in (self.owner.process.pid, *descendants(self.owner.process.pid)):
+            os.kill(pid, signal.SIGKILL)
+        self.owner.process.wait()
+        self.owner = self._start("owner", OWNER_SLOTS)
+        self.kills += 1
+
+
+def _wait(scene: Scene, writer: Child, readers: list[Reader], first: int, reads: int, progress: Progress) -> None:
+    """Stop and kill agents, and write, until enough has been pulled."""
     rng = random.Random(0)
     moved_at, last = time.monotonic(), 0
-    pauses = pinned = 0
-    while (done := pulls(agent) - first) < reads and all(reader.is_alive() for reader in readers):
+    due = sorted(
+        [(reads * n // STOPS, scene.stop_owner) for n in range(1, STOPS)]
+        + [(reads * n // KILLS - reads // KILLS // 2, scene.kill_owner) for n in range(1, KILLS + 1)],
+        key=lambda fault: fault[0],
+    )
+    while (done := pulls(scene.reader) - first) < reads and all(reader.is_alive() for reader in readers):
         progress.step("blocks pulled", done, reads)
         if done > last:
             moved_at, last = time.monotonic(), done
         elif time.monotonic() - moved_at > STUCK_S:
             raise DeadlineExceeded("no block has been pulled for long", seconds=STUCK_S, pulled=done)
         time.sleep(PAUSE_EVERY_S)
-        for _ in range(PAUSE_TRIES):
-            with paused(agent):
-                held = int(owner.metrics()[PINNED])
-                if held:
-                    writer.ask(str(BURST))
-                    pauses += 1
-                    pinned += held
-                    break
-            time.sleep(rng.uniform(0.0, NAP_S))  # it was between two pulls
+        scene.pause_reader(writer, rng)
+        if due and done >= due[0][0]:
+            due.pop(0)[1]()
     progress.step("blocks pulled", reads, reads)
-    return pauses, pinned
 
 
 @contextlib.contextmanager
@@ -185,18 +218,9 @@ def pulls(agent: AgentProcess) -> int:
     return int(agent.metrics()["p2pkv_pulled_blocks_total"])
 
 
-def row_of(
-    transport: str,
-    readers: list[Reader],
-    owner: dict[str, float],
-    reader: dict[str, float],
-    first: int,
-    written: int,
-    seconds: float,
-    pauses: int,
-    pinned: int,
-) -> Stress:
+def row_of(transport: str, readers: list[Reader], scene: Scene, first: int, written: int, seconds: float) -> Stress:
     """Sum up what the readers saw and what the agents counted."""
+    owner, reader = scene.owner.metrics(), scene.reader.metrics()
     statuses: Tally[Status] = Tally()
     for one in readers:
         statuses += one.statuses
@@ -212,8 +236,10 @@ def row_of(
         missed=statuses.total() - statuses[Status.OK] - statuses[Status.TIMEOUT],
         missed_at_owner=int(reader["p2pkv_pull_missing_blocks_total"]),
         timed_out=statuses[Status.TIMEOUT],
-        pauses=pauses,
-        held_blocks=pinned // BLOCK_BYTES,
+        pauses=scene.pauses,
+        held_blocks=scene.pinned_bytes // BLOCK_BYTES,
+        owner_stops=scene.stops,
+        owner_kills=scene.kills,
         written=written,
         evicted=int(owner["p2pkv_evictions_total"]),
         seconds=report.rounded(seconds) or seconds,
@@ -223,10 +249,12 @@ def row_of(
 
 
 def claims_of(row: Stress, reads: int) -> list[Claim]:
-    """The promise of issue 2, point 6, and that it was put to the test."""
+    """The promise of issue 5, point 9, and that it was put to the test."""
     return [
         at_most("stress.wrong", row.wrong, 0, "blocks", "delivered as OK with other bytes"),
         at_least("stress.pulled", row.pulled, reads, "blocks", "read from the peer"),
+        at_least("stress.owner_stops", row.owner_stops, 1, "times", "the owner stood still while it was asked"),
+        at_least("stress.owner_kills", row.owner_kills, 1, "times", "the owner was killed while it was asked"),
         at_least("stress.held_blocks", row.held_blocks, 1, "blocks", "under lease while all other slots were reused"),
     ]
 

@@ -17,9 +17,9 @@ from typing import Final
 from p2pkv.bench.agents import layout_of
 from p2pkv.bench.child import answer, requests
 from p2pkv.client import AgentClient, Cache
-from p2pkv.errors import P2PKVError
+from p2pkv.errors import AgentUnavailable, P2PKVError
 
-BLOCK_BYTES: Final = 64 << 10
+BLOCK_BYTES: Final = 4 << 10
 BATCH: Final = 16
 COUNTER_BYTES: Final = 8
 
@@ -105,6 +105,9 @@ class Writer(threading.Thread):
         keys = [key_of(number) for number in range(self._written, self._written + BATCH)]
         try:
             return all(cache.put(keys, [block_of(key) for key in keys]))
+        except AgentUnavailable:
+            time.sleep(0.02)  # it was killed; there will be another one
+            return False
         except P2PKVError as error:
             print(f"stress writer: {error}", file=sys.stderr, flush=True)
             time.sleep(0.1)

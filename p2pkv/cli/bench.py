@@ -66,7 +66,7 @@ def stress(
     json: Json = False,
     check: Check = False,
 ) -> None:
-    """64 KiB reads from a peer that keeps evicting and reusing slots: not one wrong block."""
+    """4 KiB reads from a peer that keeps evicting and reusing slots, and is stopped and killed: not one wrong block."""
     from p2pkv.bench import stress as bench
 
     count = reads or (bench.READS_QUICK if quick else bench.READS)

@@ -168,7 +168,8 @@ def test_a_block_can_be_told_by_its_key(tmp_path: Path) -> None:
 def test_stress_claims_count_wrong_blocks_and_that_there_was_stress() -> None:
     row = stress.Stress(
         transport="tcp", block_bytes=1, reads=10, delivered=9, pulled=8, wrong=1, rejected=0, missed=1,
-        missed_at_owner=0, timed_out=0, pauses=0, held_blocks=0, written=5, evicted=3, seconds=1.0, pulled_per_s=8.0,
+        missed_at_owner=0, timed_out=0, pauses=0, held_blocks=0,
+        owner_stops=1, owner_kills=1, written=5, evicted=3, seconds=1.0, pulled_per_s=8.0,
         gb_s=0.1,
     )  # fmt: skip
     assert [claim.id for claim in stress.claims_of(row, 8) if not claim.ok] == ["stress.wrong", "stress.held_blocks"]
