@@ -6,8 +6,8 @@
 
     python benchmarks/without_guards.py [--reads 20000] [--json]
 
-Over NIXL, where the owner's answer to PIN and the reader's read are two things. Over TCP the owner now pins a block of
-64 KiB and copies it into the socket within microseconds, so nothing can come in between that a run would show.
+Over NIXL, where the owner's answer to PIN and the reader's read are two things. Over TCP the owner pins a block
+and copies it into the socket within microseconds, so nothing can come in between that a run would show.
 
 The guards are taken out in the agents' processes by a ``sitecustomize`` on their ``PYTHONPATH``; no shipped file
 changes.
