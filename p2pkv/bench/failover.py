@@ -35,8 +35,8 @@ from p2pkv.errors import IntegrityError, P2PKVError
 
 BLOCK_BYTES: Final = 64 << 10
 CAPACITY_BYTES: Final = 64 << 20
-GETS: Final = 10_000
-KILL_AT: Final = 1_000
+GETS: Final = 50_000
+KILL_AT: Final = 5_000
 """The get before which the victim is killed: nine tenths of them see its death."""
 LOCAL_KEYS: Final = 64
 VICTIM_KEYS: Final = 16
