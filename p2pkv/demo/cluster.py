@@ -242,9 +242,7 @@ def kv_transfer_config(socket: str, engine_id: str, *, gpu: bool) -> dict[str, o
                     "socket": socket,
                     # Two replicas, two agents and a client on two cores, where a prefill takes ten seconds and more.
                     "lookup_deadline_ms": 500,
-                    # FIXME(issue 5): right after its start an agent knows no paces and has the first prompt
-                    # computed; the end-to-end tests want it pulled. `bench ttft` has to measure with True.
-                    "cost_aware": os.environ.get("P2PKV_DEMO_COST_AWARE") == "1",
+                    "cost_aware": True,
                     "load_deadline_ms": 10_000,
                 }
             ],

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Generic
 
@@ -143,8 +144,8 @@ class Fetcher(Generic[P]):
         not here by then, it and all behind it are given up, because whoever wants them is quicker without.
         """
         loop = asyncio.get_running_loop()
-        fetch = OneFetch(self, namespace, list(hashes), loop.time() + deadline_s, on_fetched, background)
-        fetch.give_up_at = [loop.time() + seconds for seconds in give_up_s]
+        fetch = OneFetch(self, namespace, list(hashes), time.monotonic() + deadline_s, on_fetched, background)
+        fetch.give_up_at = [time.monotonic() + seconds for seconds in give_up_s]
         fetch.worst.update(worst or {})
         for node in excluded:
             fetch.deal.exclude(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, Generic
 
@@ -83,7 +84,7 @@ class OneFetch(Generic[P]):
 
     async def run(self) -> None:
         try:
-            while self._left and (now := self._loop.time()) < self._deadline:
+            while self._left and (now := time.monotonic()) < self._deadline:
                 self._news.clear()
                 if now >= self._overtaken_at():
                     self._overtaken = True
@@ -277,7 +278,7 @@ class OneFetch(Generic[P]):
             pull.moved_bytes += place.length
             peers.landed(piece.source, place.length)
             position = pull.indices[i]
-            self.deal.landed(piece, position, self._loop.time())
+            self.deal.landed(piece, position, time.monotonic())
             self._let_go(position, Status.OK)
             self._report(position, Status.OK)
 
@@ -285,7 +286,7 @@ class OneFetch(Generic[P]):
         peers.began(piece.source, pull.size)
         result: PullResult | None = None
         transport = fetcher.transport(piece.source.node)
-        started = self._loop.time()
+        started = time.monotonic()
         try:
             result = await transport.pull(
                 PullRequest(
@@ -305,13 +306,13 @@ class OneFetch(Generic[P]):
                 else:
                     landing.abort(place)
             fetcher.admission.give_back(admitted, background=self._background)
-            self._settle(pull, result, sorted(open_places), self._loop.time() - started)
-        if self._loop.time() > self._deadline + LATE_S:
+            self._settle(pull, result, sorted(open_places), time.monotonic() - started)
+        if time.monotonic() > self._deadline + LATE_S:
             log.warning("a pull over %s from %016x overran its deadline", transport.name, piece.source.node)
 
     def _settle(self, pull: _Pull[P], result: PullResult | None, missing: list[int], took_s: float) -> None:
         """Take into account how a pull ended, and have others asked for what it did not bring."""
-        piece, peers, now = pull.piece, self._fetcher.peers, self._loop.time()
+        piece, peers, now = pull.piece, self._fetcher.peers, time.monotonic()
         node = piece.source.node
         in_time = now < self._deadline  # that the caller's own deadline was too short says nothing about the node
         statuses = [result.statuses[i] if result is not None else Status.LOST for i in missing]

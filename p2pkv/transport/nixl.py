@@ -194,17 +194,16 @@ class NixlTransport:
 
     async def pull(self, request: PullRequest) -> PullResult:
         """PIN, READ, checksum, RELEASE; see the contract."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + request.deadline_s
+        deadline = time.monotonic() + request.deadline_s
         statuses = [Status.MISS] * len(request.hashes)
-        began = loop.time()
+        began = time.monotonic()
         try:
             owner, pinned = await self._pin(request, deadline)
         except P2PKVError as error:
             status = Status.TIMEOUT if isinstance(error, DeadlineExceeded) else Status.UNREACHABLE
             status = Status.BUSY if isinstance(error, Busy) else status
             return PullResult([status] * len(request.hashes), 0, str(error))
-        waited_s = loop.time() - began
+        waited_s = time.monotonic() - began
         if owner.inline:
             self._on_inline(request.node)
         if not pinned.lease:
@@ -217,7 +216,7 @@ class NixlTransport:
             outcome = await self.process.read(
                 owner.name,
                 landing.runs,
-                max(0.001, deadline - loop.time()),
+                max(0.001, deadline - time.monotonic()),
                 landing.on_progress,
                 request.call_off,
             )
@@ -237,15 +236,14 @@ class NixlTransport:
 
     async def _pin(self, request: PullRequest, deadline: float) -> tuple[_Owner, Pinned]:
         """A lease, and a connection to the very NIXL process that it names; once more if that has been replaced."""
-        loop = asyncio.get_running_loop()
-        link = await self._network.reach(request.node, max(0.001, min(deadline - loop.time(), self._stall_s)))
+        link = await self._network.reach(request.node, max(0.001, min(deadline - time.monotonic(), self._stall_s)))
         for attempt in range(2):
-            owner = self._owner(request.node) or await self._connect(request.node, link, deadline - loop.time())
+            owner = self._owner(request.node) or await self._connect(request.node, link, deadline - time.monotonic())
             pin = Pin(request.namespace, list(request.hashes), int(self._lease_ttl_s * 1000), not owner.inline)
             # A holder that stands still must not use up the time in which another one could be asked.
-            asked_at = loop.time()
+            asked_at = time.monotonic()
             pinned = await link.request(pin, max(0.001, min(deadline - asked_at, self._patience.of(request.node))))
-            self._patience.learn(request.node, loop.time() - asked_at)
+            self._patience.learn(request.node, time.monotonic() - asked_at)
             assert isinstance(pinned, Pinned)  # the link pairs requests with the type of their answers
             count = len(request.hashes)
             lists = (pinned.statuses, pinned.extents, pinned.generations)

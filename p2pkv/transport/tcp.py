@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -119,7 +120,7 @@ class TcpTransport:
         """Pull over as many streams as the size is worth; see the contract."""
         statuses = [Status.MISS] * len(request.hashes)
         groups = split([extent.length for extent in request.destinations], self._stream_bytes, self._streams)
-        deadline = asyncio.get_running_loop().time() + request.deadline_s
+        deadline = time.monotonic() + request.deadline_s
         if len(groups) == 1:
             ends = [await self._pull_run(request, 0, len(request.hashes), deadline, statuses)]
         else:
@@ -137,7 +138,6 @@ class TcpTransport:
         self, request: PullRequest, first: int, last: int, deadline: float, statuses: list[Status]
     ) -> _End:
         """Pull ``request.hashes[first:last]`` over one connection."""
-        loop = asyncio.get_running_loop()
         base = self._arena.base_address
         blocks = [(base + extent.offset, extent.length) for extent in request.destinations[first:last]]
         get = CODEC.encode(Get(request.namespace, list(request.hashes[first:last]), int(self._lease_ttl_s * 1000)))
@@ -159,9 +159,9 @@ class TcpTransport:
             try:
                 if sock is None:
                     # A holder that stands still must not use up the time in which another one could be asked.
-                    dial_s = max(0.001, min(deadline - loop.time(), self._stall_s))
+                    dial_s = max(0.001, min(deadline - time.monotonic(), self._stall_s))
                     sock = await self._dial(request.node, dial_s, request.call_off)
-                moved = await self._exchange(request, sock, get, blocks, deadline - loop.time(), on_blocks)
+                moved = await self._exchange(request, sock, get, blocks, deadline - time.monotonic(), on_blocks)
             except Busy as error:
                 moved = Moved(Code.REFUSED, 0, CODEC.encode(PeerError("busy", str(error)))[HEADER.size :])
             except (P2PKVError, OSError, TimeoutError) as error:
@@ -187,12 +187,12 @@ class TcpTransport:
             self._dialing.add(limit)
             if call_off is not None:
                 call_off.on_call(lambda: limit.reschedule(0.0) if limit in self._dialing else None)
-            began = asyncio.get_running_loop().time()
+            began = time.monotonic()
             try:
                 sock = await self._open_data(node, deadline_s)
                 # An answer comes no sooner than a connection: so a peer that has not answered anything yet, and does
                 # not, is waited for as long as its link is worth.
-                self._patience.learn(node, asyncio.get_running_loop().time() - began)
+                self._patience.learn(node, time.monotonic() - began)
                 return sock
             finally:
                 self._dialing.discard(limit)
