@@ -216,6 +216,7 @@ class Agent:
             link_bytes_per_s=self.sources.link_bytes_per_s,
             salt=self.node,
             try_one=self.service.try_one,
+            prepare=self.transports.prepare,
         )
         exits.push_async_callback(self.service.fetcher.stop)
         exits.push_async_callback(self.transports.stop)

@@ -74,6 +74,7 @@ def _source(agent: Agent, source: Source, blocks: int) -> PlanSource:
         bytes_per_s=known.bytes_per_s,
         first_byte_ms=known.first_byte_s * 1e3,
         busy_ms=known.busy_s * 1e3,
+        setup_ms=known.setup_s * 1e3,
         spread=known.spread,
         age_s=None if math.isinf(age_s) else age_s,
         answers=source.node == 0 or peers.usable(source.node),

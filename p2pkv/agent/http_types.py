@@ -193,7 +193,8 @@ class PlanRun(msgspec.Struct, kw_only=True):
 
 
 class PlanSource(msgspec.Struct, kw_only=True):
-    """What is expected of a source now. ``spread``: of its pace, as a fraction; ``age_s``: since it last showed."""
+    """What is expected of a source now. ``setup_ms``: connecting to it comes first. ``spread``: of its pace, as a
+    fraction; ``age_s``: since it last showed."""
 
     node: Node
     tier: str
@@ -201,6 +202,7 @@ class PlanSource(msgspec.Struct, kw_only=True):
     bytes_per_s: float
     first_byte_ms: float
     busy_ms: float
+    setup_ms: float
     spread: float
     age_s: float | None
     answers: bool

@@ -262,6 +262,7 @@ class CacheService:
         planned = self.worth.plan(
             sources, block_bytes=self.block_bytes(namespace), prefill=prefill, deadline_s=math.inf
         )
+        self.worth.promise(planned)
         self.worth.refuse(planned, namespace, hashes, sources)
         behind = bytes(Source.NONE if source == Source.PEER else source for source in present[planned.stop :])
         return present[: planned.stop] + behind

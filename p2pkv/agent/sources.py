@@ -41,7 +41,13 @@ class Sources:
         self._probing: dict[int, asyncio.Task[None]] = {}
         self.link_bytes_per_s = link_bytes_per_s(host, transports.rdma)
         """What this host's own link can receive, as far as is known."""
-        self.peers = Peers(self.stranger, heard_at=self._heard_at, on_open=self._on_open, on_estimate=self._tell_native)
+        self.peers = Peers(
+            self.stranger,
+            heard_at=self._heard_at,
+            on_open=self._on_open,
+            on_estimate=self._tell_native,
+            setup_s=transports.setup_s,
+        )
 
     def stranger(self, source: Source) -> Estimate:
         """What to expect of a source that nothing was pulled from yet."""

@@ -37,6 +37,9 @@ STOP_S: Final = 3.0
 UNKNOWN_LINK_BYTES_PER_S: Final = 1.25e9
 """10 Gb/s, where the host does not say."""
 
+PREPARING_MAX: Final = 64
+"""Connections that are being made ahead of a pull; what is beyond that is made by the pull."""
+
 DATA_CONNECTIONS_MAX: Final = 4_096
 """Of all peers together; an idle one is a descriptor and some hundred bytes."""
 
@@ -103,7 +106,7 @@ class Transports:
         self.nixl_reads = _native.NixlReads(service.store.core, arena.base_address, PARTIAL_BYTES)
         """One-sided reads for engines' GETs; for the lane, which stops it."""
         self._on_change = on_change
-        self._preparing: set[asyncio.Task[None]] = set()
+        self._preparing: dict[tuple[int, str], asyncio.Task[None]] = {}
         self._nixl = NixlTransport(
             arena=arena,
             source=service,
@@ -159,6 +162,10 @@ class Transports:
     async def stop(self) -> None:
         """Stop all; bounded."""
         self.nixl_reads.stop()
+        preparing = list(self._preparing.values())
+        for task in preparing:
+            task.cancel()
+        await asyncio.gather(*preparing, return_exceptions=True)
         async with asyncio.timeout(STOP_S):
             await self.tcp.stop()
             if self.nixl is not None:
@@ -174,13 +181,27 @@ class Transports:
         """What this node offers, or what we can do, has changed: native code, which does not ask, has to know."""
         self.pick(node)
 
+    def setup_s(self, node: int) -> float:
+        """How long it will take until this node can be asked; 0: we are connected."""
+        return self._pick(node).setup_s(node)
+
+    def prepare(self, node: int) -> None:
+        """Connect to a node from which something will probably be pulled; in the background."""
+        transport = self.pick(node)
+        if transport.setup_s(node):
+            self._connect(node, transport)
+
     def _prepare(self, node: int) -> None:
         """Native code asks owners on idle data connections: have one, for the next time."""
-        if self.tcp.pool.idle_at(node):
+        if not self.tcp.pool.idle_at(node):
+            self._connect(node, self.tcp)
+
+    def _connect(self, node: int, transport: Transport) -> None:
+        if (node, transport.name) in self._preparing or len(self._preparing) >= PREPARING_MAX:
             return
-        task = asyncio.get_running_loop().create_task(self.tcp.prepare(node))
-        self._preparing.add(task)
-        task.add_done_callback(self._preparing.discard)
+        task = asyncio.get_running_loop().create_task(transport.prepare(node))
+        self._preparing[node, transport.name] = task
+        task.add_done_callback(lambda _: self._preparing.pop((node, transport.name), None))
 
     def _on_nixl_endpoint(self) -> None:
         endpoint = self._nixl.process.ready

@@ -30,6 +30,8 @@ LATE_FACTOR: Final = 1.5
 LATE_S: Final = 0.005
 TRY_AGAIN_S: Final = 15.0
 TRIED_MAX: Final = 8_192
+PREPARE_MAX: Final = 8
+"""Sources of one plan that are connected to ahead."""
 PLAN_BLOCKS_MAX: Final = 4_096
 """Of one plan: some 5 ms of the event loop. Longer chains are planned as far as that."""
 
@@ -50,6 +52,7 @@ class Worth:
 
     Args:
         try_one: pulls one block (namespace, hash) in the background.
+        prepare: connects to a node in the background, if we are not.
     """
 
     def __init__(
@@ -59,12 +62,14 @@ class Worth:
         link_bytes_per_s: float,
         salt: int,
         try_one: Callable[[int, bytes], None],
+        prepare: Callable[[int], None] = lambda node: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._peers = peers
         self._link_bytes_per_s = link_bytes_per_s
         self._salt = salt
         self._try_one = try_one
+        self._prepare = prepare
         self._clock = clock
         self._tried: OrderedDict[Source, float] = OrderedDict()
         self.refused_blocks = 0
@@ -89,6 +94,12 @@ class Worth:
             link_bytes_per_s=self._link_bytes_per_s,
             salt=self._salt,
         )
+
+    def promise(self, planned: Plan) -> None:
+        """An engine is told that so much will be pulled, and is about to ask for it."""
+        for run in planned.runs[:PREPARE_MAX]:
+            if run.source.node:
+                self._prepare(run.source.node)
 
     def refuse(
         self, planned: Plan, namespace: int, hashes: Sequence[bytes], sources: Sequence[Sequence[Source]]

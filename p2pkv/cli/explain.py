@@ -77,6 +77,7 @@ def _show(plan: dict[str, Any]) -> None:
             f"{source['bytes_per_s'] / 1e6:.4g}",
             f"{source['first_byte_ms']:.3g}",
             f"{source['busy_ms']:.3g}",
+            f"{source['setup_ms']:.3g}",
             f"{100 * source['spread']:.0f} %",
             "never" if source["age_s"] is None else f"{source['age_s']:.0f} s ago",
             "yes" if source["answers"] else "NO",
@@ -84,8 +85,8 @@ def _show(plan: dict[str, Any]) -> None:
         for source in plan["sources"]
     ]
     if sources:
-        head = ("source", "tier", "blocks", "MB/s", "first byte ms", "busy ms", "unsure", "last pulled from", "answers")
-        table([head, *sources])
+        expected = ("MB/s", "first byte ms", "busy ms", "connecting ms", "unsure")
+        table([("source", "tier", "blocks", *expected, "last pulled from", "answers"), *sources])
 
 
 def _name(run: dict[str, Any]) -> str:

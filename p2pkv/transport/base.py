@@ -111,7 +111,8 @@ class PullResult(NamedTuple):
     """How a pull ended. ``statuses`` has one entry per asked block; ``reason`` is for people and logs.
 
     ``unsafe``: indices whose destination may still be written to, until ``cleared`` is called with ``token``.
-    ``waited_s``: from asking until the first byte came, or the answer without one; 0: none did.
+    ``waited_s``: from asking until the first byte came, or the answer without one; 0: none did. ``setup_s``: before
+    that, until the node could be asked.
     """
 
     statuses: list[Status]
@@ -120,6 +121,7 @@ class PullResult(NamedTuple):
     unsafe: frozenset[int] = frozenset()
     token: int = 0
     waited_s: float = 0.0
+    setup_s: float = 0.0
 
 
 class Transport(Protocol):
@@ -142,6 +144,14 @@ class Transport(Protocol):
 
     async def pull(self, request: PullRequest) -> PullResult: ...
 
+    def setup_s(self, node: int) -> float:
+        """How long it will take until the node can be asked; 0: we are connected."""
+        ...
+
+    async def prepare(self, node: int) -> None:
+        """Connect, if that can be had; bounded in time. That it could not is no error: the next pull tries itself."""
+        ...
+
     def peer_gone(self, node: int) -> None:
         """The node is unreachable or has left: drop what is kept for it."""
         ...
@@ -161,6 +171,13 @@ class NullTransport:
     async def pull(self, request: PullRequest) -> PullResult:
         """Every block is a miss, at once."""
         return PullResult([Status.MISS] * len(request.hashes), 0, "the null transport has nothing")
+
+    def setup_s(self, node: int) -> float:
+        """It is always ready."""
+        return 0.0
+
+    async def prepare(self, node: int) -> None:
+        """Nothing to prepare."""
 
     def peer_gone(self, node: int) -> None:
         """Nothing is kept."""

@@ -30,7 +30,9 @@ UNSURE_BYTES: Final = 8 << 20
 HORIZON_BLOCKS: Final = 1024
 """Blocks that are dealt out at once, the first of the chain: dealing costs a microsecond or two for each."""
 TRIES_MAX: Final = 4
-"""Times that a block is asked for, each time of another source or after another pause."""
+"""Times that a block is asked for and not given, each time by another source or after another pause."""
+CALLED_OFF_MAX: Final = 3
+"""Times that a block may be taken over from one that is late; these are no failures."""
 BUSY_PAUSE_S: Final = 0.01
 BUSY_PAUSES_MAX: Final = 6
 """Doubling from 10 ms: 0.6 s in all. Then a source that is still busy has failed, for this fetch."""
@@ -92,6 +94,7 @@ class Deal:
         self._late: dict[int, list[Source]] = {}  # likewise, but it was called off there: only when nobody else is left
         self._unasked: set[int] = set()
         self._tries: dict[int, int] = {}
+        self._called_off: dict[int, int] = {}
         self._nodes: dict[int, _Node] = {}
         self._flying: dict[Source, Piece] = {}
         self._runs: dict[Source, list[int]] = {}  # dealt out, not asked for; the next block last
@@ -189,10 +192,12 @@ class Deal:
         if len({source.node for source in self._sources.get(position, ())}) > 1:
             self._late.setdefault(position, []).append(piece.source)
             self.failed(piece, position)
-        elif position in self._sources:
+        else:
             piece.left.discard(position)
+        if position in self._sources:
             self._unasked.add(position)
             self._tries[position] -= 1
+            self._called_off[position] = self._called_off.get(position, 0) + 1
 
     def busy(self, piece: Piece, position: int, now: float) -> None:
         """The source has too much to do for this block."""
@@ -217,6 +222,8 @@ class Deal:
         is idle after that has nothing else to do."""
         late = []
         for piece in self._flying.values():
+            if any(self._called_off.get(position, 0) >= CALLED_OFF_MAX for position in piece.left):
+                continue
             idle: set[Source] = set()
             blocks = 0
             for position in piece.left:
@@ -227,7 +234,7 @@ class Deal:
                 continue
             estimates = [self._estimate(source) for source in idle]
             size = blocks * self._block_bytes
-            elsewhere_s = min(known.first_byte_s + known.busy_s for known in estimates) + size / sum(
+            elsewhere_s = min(known.start_s for known in estimates) + size / sum(
                 known.bytes_per_s for known in estimates
             )
             if self._rest_s(piece, now) > LATE_FACTOR * elsewhere_s + LATE_GRACE_S:
@@ -243,7 +250,7 @@ class Deal:
         known = self._estimate(piece.source)
         block_s = self._block_bytes / known.bytes_per_s
         begun_s = now - piece.last_at
-        expected_s = block_s + (known.first_byte_s if piece.last_at == piece.asked_at else 0.0)
+        expected_s = block_s + (known.setup_s + known.first_byte_s if piece.last_at == piece.asked_at else 0.0)
         next_s = expected_s - begun_s if begun_s <= expected_s else begun_s - expected_s
         return next_s + (len(piece.left) - 1) * max(block_s, begun_s - expected_s)
 

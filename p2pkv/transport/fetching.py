@@ -332,11 +332,14 @@ class OneFetch(Generic[P]):
         waited_s = result.waited_s if result is not None else 0.0
         lost_bytes = pull.size - pull.moved_bytes
         came_bytes = max(pull.moved_bytes, result.bytes_moved if result is not None else 0)  # with the block half here
-        moved = Moved(waited_s, took_s, came_bytes)
+        asked_s = took_s - (result.setup_s if result is not None else 0.0)
+        moved = Moved(waited_s, asked_s, came_bytes)
         if pull.call_off.called:
             self._fetcher.stats.pulls_taken_over += not self._overtaken
             if not came_bytes:  # all that is known is that it was slower than one block in all this time
-                moved = Moved(0.0, took_s, pull.places[0].length // 2)
+                known, less_bytes = peers.estimate(piece.source), pull.places[0].length // 2
+                slower = asked_s > known.first_byte_s + less_bytes / known.bytes_per_s
+                moved = Moved(0.0, asked_s, less_bytes if slower else 0)
             peers.ended(piece.source, lost_bytes, moved)
             return
         peers.ended(piece.source, lost_bytes, moved)

@@ -32,6 +32,7 @@ from p2pkv.transport.nixl_native import NativeReads
 from p2pkv.transport.nixl_process import NixlOptions, NixlProcess
 from p2pkv.transport.nixl_wire import Run
 from p2pkv.transport.patience import Patience
+from p2pkv.transport.setup_time import SetupTime
 from p2pkv.types import CHECKSUM_BYTES, Status
 from p2pkv.wire.fields import Extent
 from p2pkv.wire.peer import (
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 CONNECT_S: Final = 2.0
 """For two NIXL processes to find each other: 20 to 200 ms, once per pair."""
 
+SETUP_S: Final = 0.05
+"""What it is expected to take before it was seen."""
 RELEASE_S: Final = 1.0
 
 
@@ -129,6 +132,7 @@ class NixlTransport:
         self._on_endpoint = on_endpoint
         self._stall_s = stall_s
         self._patience = Patience(stall_s)
+        self._setup = SetupTime(SETUP_S)
         self._owners: dict[int, _Owner] = {}
         self._connecting: dict[int, asyncio.Task[_Owner]] = {}
         self._releases: set[asyncio.Task[None]] = set()
@@ -198,16 +202,16 @@ class NixlTransport:
         statuses = [Status.MISS] * len(request.hashes)
         began = time.monotonic()
         try:
-            owner, pinned = await self._pin(request, deadline)
+            owner, pinned, asked_at = await self._pin(request, deadline)
         except P2PKVError as error:
             status = Status.TIMEOUT if isinstance(error, DeadlineExceeded) else Status.UNREACHABLE
             status = Status.BUSY if isinstance(error, Busy) else status
-            return PullResult([status] * len(request.hashes), 0, str(error))
-        waited_s = time.monotonic() - began
+            return PullResult([status] * len(request.hashes), 0, str(error), setup_s=time.monotonic() - began)
+        waited_s, setup_s = time.monotonic() - asked_at, asked_at - began
         if owner.inline:
             self._on_inline(request.node)
         if not pinned.lease:
-            return PullResult(statuses, 0, waited_s=waited_s)
+            return PullResult(statuses, 0, waited_s=waited_s, setup_s=setup_s)
         landing = _Landing(request, pinned, self._arena.base_address, statuses)
         if not landing.runs:
             self._release(request.node, pinned.lease)
@@ -229,13 +233,14 @@ class NixlTransport:
         self.stats.reads += 1
         self.stats.bytes_read += outcome.done_bytes
         if outcome.error is None:
-            return PullResult(statuses, outcome.done_bytes, waited_s=waited_s)
+            return PullResult(statuses, outcome.done_bytes, waited_s=waited_s, setup_s=setup_s)
         landing.fail(Status.TIMEOUT if isinstance(outcome.error, DeadlineExceeded) else Status.UNREACHABLE)
         unsafe = landing.touched_by(outcome.open)
-        return PullResult(statuses, outcome.done_bytes, str(outcome.error), unsafe, outcome.read_id, waited_s)
+        return PullResult(statuses, outcome.done_bytes, str(outcome.error), unsafe, outcome.read_id, waited_s, setup_s)
 
-    async def _pin(self, request: PullRequest, deadline: float) -> tuple[_Owner, Pinned]:
-        """A lease, and a connection to the very NIXL process that it names; once more if that has been replaced."""
+    async def _pin(self, request: PullRequest, deadline: float) -> tuple[_Owner, Pinned, float]:
+        """A lease, and a connection to the very NIXL process that it names; once more if that has been replaced.
+        And when the lease was asked for."""
         link = await self._network.reach(request.node, max(0.001, min(deadline - time.monotonic(), self._stall_s)))
         for attempt in range(2):
             owner = self._owner(request.node) or await self._connect(request.node, link, deadline - time.monotonic())
@@ -250,13 +255,27 @@ class NixlTransport:
             if any(len(x) != count for x in lists) or len(pinned.checksums) != count * CHECKSUM_BYTES:
                 raise PeerUnavailable("the peer's answer to PIN is of the wrong length")
             if not pinned.lease or pinned.nixl == owner.name:
-                return owner, pinned
+                return owner, pinned, asked_at
             self._release(request.node, pinned.lease)
             self.peer_gone(request.node)
             self.stats.reconnects += 1
             if attempt:
                 break
         raise PeerUnavailable("the peer's NIXL process keeps changing")
+
+    def setup_s(self, node: int) -> float:
+        """Two NIXL processes have to find each other, unless they have."""
+        return 0.0 if self._owner(node) is not None else self._setup.expected_s
+
+    async def prepare(self, node: int) -> None:
+        """Connect the NIXL processes."""
+        if self._owner(node) is not None or node in self._connecting:
+            return
+        try:
+            link = await self._network.reach(node, self._stall_s)
+            await self._connect(node, link, CONNECT_S)
+        except P2PKVError as error:
+            log.debug("no connection to the NIXL process of %016x: %s", node, error)
 
     def _owner(self, node: int) -> _Owner | None:
         """The owner's NIXL process if ours is still connected to it; asked each time, because connections break."""
@@ -301,7 +320,7 @@ class NixlTransport:
             self._tell_native(node, owner)
 
     async def _connect_once(self, node: int, link: Link) -> _Owner:
-        ours = self.process.ready
+        ours, began = self.process.ready, time.monotonic()
         if ours is None:
             raise PeerUnavailable("our NIXL process is being restarted")
         reply = await link.request(NixlConnect(ours, int(CONNECT_S * 1000)), min(CONNECT_S, self._stall_s))
@@ -309,6 +328,7 @@ class NixlTransport:
         if reply.endpoint is None:
             raise PeerUnavailable("the peer's NIXL process is being restarted")
         connection = await self.process.add_peer(reply.endpoint, CONNECT_S)
+        self._setup.learn(time.monotonic() - began)
         return _Owner(reply.endpoint.name, connection.inline)
 
     def _release(self, node: int, lease: int) -> None:

@@ -23,6 +23,7 @@ class Peers:
         heard_at: when (on ``clock``) something was last heard from a node, apart from answers to pulls.
         on_open: called with a node whose breaker has opened.
         on_estimate: called with a source of which something has been learnt.
+        setup_s: until a node can be asked; 0: now.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Peers:
         heard_at: Callable[[int], float],
         on_open: Callable[[int], None] = lambda node: None,
         on_estimate: Callable[[Source], None] = lambda source: None,
+        setup_s: Callable[[int], float] = lambda node: 0.0,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -40,11 +42,14 @@ class Peers:
         self._heard_at = heard_at
         self._on_open = on_open
         self._on_estimate = on_estimate
+        self._setup_s = setup_s
         self._clock = clock
 
     def estimate(self, source: Source) -> Estimate:
         """What to expect of a source now."""
-        return self.estimates.of(source, self._clock())
+        known = self.estimates.of(source, self._clock())
+        setup_s = self._setup_s(source.node)
+        return known._replace(setup_s=setup_s) if setup_s else known
 
     def age_s(self, source: Source) -> float:
         """Since something was learnt of the source; infinite: nothing was."""

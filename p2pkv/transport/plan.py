@@ -51,13 +51,19 @@ class Estimate(NamedTuple):
     """What is expected of a source now.
 
     ``busy_s``: until it gets to us, because of what it sends already. ``spread``: the standard deviation of its pace,
-    as a fraction of it.
+    as a fraction of it. ``setup_s``: until it can be asked at all, where we are not connected to it.
     """
 
     first_byte_s: float
     bytes_per_s: float
     busy_s: float = 0.0
     spread: float = 0.0
+    setup_s: float = 0.0
+
+    @property
+    def start_s(self) -> float:
+        """Until its first byte."""
+        return self.setup_s + self.busy_s + self.first_byte_s
 
 
 class Limit(enum.Enum):
@@ -158,7 +164,7 @@ class _Sources:
         if pace is None:
             known = self._estimate(source)
             careful = 1.0 + known.spread
-            pace = (known.busy_s + known.first_byte_s) * careful, self._block_bytes / known.bytes_per_s * careful
+            pace = known.start_s * careful, self._block_bytes / known.bytes_per_s * careful
             self._paces[source] = pace
         return pace
 

@@ -23,6 +23,7 @@ from p2pkv.errors import Busy, P2PKVError, PeerUnavailable, RemoteProtocolError
 from p2pkv.transport.base import ArenaMemory, CallOff, PullRequest, PullResult
 from p2pkv.transport.movers import Code, Moved, Movers, OnBlocks
 from p2pkv.transport.patience import Patience
+from p2pkv.transport.setup_time import SetupTime
 from p2pkv.types import Status
 from p2pkv.wire.frame import HEADER, Frame
 from p2pkv.wire.peer import CODEC, Get, PeerError, PeerType, Release
@@ -33,6 +34,8 @@ OpenData = Callable[[int, float], Awaitable[socket.socket]]
 """(node, deadline in seconds) -> a connected, non-blocking data connection that has been introduced."""
 
 RELEASE_NOW: Final = CODEC.encode(Release(0))
+DIAL_S: Final = 0.002
+"""What a connection is expected to take before there was one."""
 
 _STATUS_OF_CODE: Final = {
     Code.TIMEOUT: Status.TIMEOUT,
@@ -87,6 +90,7 @@ class TcpTransport:
         self._stall_s = stall_s
         self._lease_ttl_s = lease_ttl_s
         self._patience = Patience(stall_s)
+        self._setup = SetupTime(DIAL_S)
         self._slot_of = slot_of
         self.pool = _native.Pool(idle_connections, stall_s)
         """Idle data connections."""
@@ -132,6 +136,7 @@ class TcpTransport:
             sum(end.bytes_moved for end in ends),
             "; ".join(sorted({end.reason for end in ends if end.reason})),
             waited_s=min((end.waited_s for end in ends if end.waited_s), default=0.0),
+            setup_s=min(end.setup_s for end in ends),
         )
 
     async def _pull_run(
@@ -152,7 +157,7 @@ class TcpTransport:
                 request.on_block(index, statuses[index], digests[i * 16 : i * 16 + 16])
             reported = first + start + len(block_statuses)
 
-        moved = Moved(Code.CLOSED, 0, b"")
+        moved, setup_s = Moved(Code.CLOSED, 0, b""), 0.0
         for fresh in (False, True):
             sock = None if fresh else self._idle_connection(request.node)
             pooled = sock is not None
@@ -160,7 +165,11 @@ class TcpTransport:
                 if sock is None:
                     # A holder that stands still must not use up the time in which another one could be asked.
                     dial_s = max(0.001, min(deadline - time.monotonic(), self._stall_s))
-                    sock = await self._dial(request.node, dial_s, request.call_off)
+                    dialed_at = time.monotonic()
+                    try:
+                        sock = await self._dial(request.node, dial_s, request.call_off)
+                    finally:
+                        setup_s = time.monotonic() - dialed_at
                 moved = await self._exchange(request, sock, get, blocks, deadline - time.monotonic(), on_blocks)
             except Busy as error:
                 moved = Moved(Code.REFUSED, 0, CODEC.encode(PeerError("busy", str(error)))[HEADER.size :])
@@ -170,14 +179,14 @@ class TcpTransport:
             if not (pooled and moved.code is Code.CLOSED and reported == first):
                 break
         if moved.code is Code.OK:
-            return _End(moved.bytes_moved, "", moved.waited_s)
+            return _End(moved.bytes_moved, "", moved.waited_s, setup_s)
         refusal = _refusal(moved) if moved.code is Code.REFUSED else None
         status = (
             _STATUS_OF_CODE[moved.code] if refusal is None else _STATUS_OF_REFUSAL.get(refusal.code, Status.INVALID)
         )
         statuses[reported:last] = [status] * (last - reported)
         said = _describe(moved) if refusal is None else f"refused: {refusal.message}"
-        return _End(moved.bytes_moved, said, moved.waited_s)
+        return _End(moved.bytes_moved, said, moved.waited_s, setup_s)
 
     async def _dial(self, node: int, deadline_s: float, call_off: CallOff | None = None) -> socket.socket:
         """A fresh data connection, or what keeps us from one; ended early by :meth:`stop`, or when it is called off."""
@@ -193,6 +202,7 @@ class TcpTransport:
                 # An answer comes no sooner than a connection: so a peer that has not answered anything yet, and does
                 # not, is waited for as long as its link is worth.
                 self._patience.learn(node, time.monotonic() - began)
+                self._setup.learn(time.monotonic() - began)
                 return sock
             finally:
                 self._dialing.discard(limit)
@@ -226,6 +236,10 @@ class TcpTransport:
                 self._give_back(node, sock)
             else:
                 sock.close()
+
+    def setup_s(self, node: int) -> float:
+        """A dial, unless a connection is idle."""
+        return 0.0 if self.pool.idle_at(node) else self._setup.expected_s
 
     async def prepare(self, node: int) -> None:
         """Have an idle data connection to a node, if one can be had: for native code, which does not dial."""
@@ -287,6 +301,7 @@ class _End(NamedTuple):
     bytes_moved: int
     reason: str
     waited_s: float
+    setup_s: float
 
 
 def split(lengths: Sequence[int], part_bytes: int, parts_max: int) -> list[tuple[int, int]]:

@@ -303,6 +303,35 @@ async def test_forgetting_a_peer_costs_only_a_new_connection(owner: Node, reader
     drop(owner, MIDDLE, keys)
 
 
+async def test_what_connecting_costs_is_expected_beforehand_and_told_apart_afterwards(
+    owner: Node, reader: Node
+) -> None:
+    transport, keys = reader.transport, put(owner, MIDDLE, 1)
+    transport.peer_gone(owner.id)
+    expected_s = transport.setup_s(owner.id)
+    assert 0.0 < expected_s < 1.0
+    pulled = await reader.pull(owner.id, MIDDLE, keys)
+    assert all_right(reader, keys, pulled)
+    first, gone_s = pulled.result, pulled.seconds
+    assert 0.0 < first.setup_s < gone_s and 0.0 < first.waited_s <= gone_s - first.setup_s
+    assert transport.setup_s(owner.id) == 0.0
+    reader.forget(pulled)
+    transport.peer_gone(owner.id)
+    assert 0.0 < transport.setup_s(owner.id) != expected_s, "what was seen has been learnt"
+    await transport.prepare(owner.id)
+    assert transport.setup_s(owner.id) == 0.0
+    pulled = await reader.pull(owner.id, MIDDLE, keys)
+    assert all_right(reader, keys, pulled)
+    assert pulled.result.setup_s < 0.1 * first.setup_s + 0.005
+    reader.forget(pulled)
+    drop(owner, MIDDLE, keys)
+
+
+async def test_preparing_for_a_node_that_cannot_be_reached_does_no_harm(reader: Node) -> None:
+    await reader.transport.prepare(12_345)
+    assert reader.transport.setup_s(12_345) > 0
+
+
 async def test_nothing_is_left_behind(owner: Node, reader: Node) -> None:
     """Last of the module: every slot, lease and reservation has been given back by the tests before."""
     await until(lambda: owner.source.leases == 0, 12.0)

@@ -21,14 +21,18 @@ class Scene:
     def __init__(self, bytes_per_s: float = 1e9) -> None:
         self.now = 0.0
         self.tried: list[tuple[int, bytes]] = []
+        self.prepared: list[int] = []
+        self.setup_s = 0.0
         self.peers = Peers(
             lambda source: Estimate(0.001, bytes_per_s, spread=0.5),
             heard_at=lambda node: float("-inf"),
             clock=lambda: self.now,
+            setup_s=lambda node: self.setup_s,
         )
         self.worth = Worth(
             self.peers, link_bytes_per_s=1e10, salt=1,
-            try_one=lambda namespace, key: self.tried.append((namespace, key)), clock=lambda: self.now,
+            try_one=lambda namespace, key: self.tried.append((namespace, key)),
+            prepare=self.prepared.append, clock=lambda: self.now,
         )  # fmt: skip
 
     def learn(self, bytes_per_s: float) -> None:
@@ -64,6 +68,30 @@ def test_a_pull_that_costs_the_engine_more_than_it_saves_is_not_worth_it() -> No
     scene.learn(1e9)
     assert scene.plan([[PEER]], Prefill(0.010)).stop == 1  # type: ignore[attr-defined]
     assert scene.plan([[PEER]], Prefill(0.010, overhead_s=0.012)).stop == 0  # type: ignore[attr-defined]
+
+
+def test_who_is_about_to_be_asked_is_connected_to_and_nobody_else() -> None:
+    scene = Scene()
+    other = Source(8, Tier.DRAM)
+    planned = scene.plan([[HERE], [PEER], [PEER, other]])
+    scene.worth.promise(planned)  # type: ignore[arg-type]
+    assert set(scene.prepared) == {run.source.node for run in planned.runs} - {0}  # type: ignore[attr-defined]
+    assert scene.prepared
+    scene.prepared.clear()
+    scene.learn(1e6)
+    scene.worth.promise(scene.plan([[PEER]] * 8))  # type: ignore[arg-type]
+    assert scene.prepared == []
+
+
+def test_a_source_that_must_be_connected_to_first_has_to_be_worth_that_too() -> None:
+    scene = Scene()
+    scene.learn(1e9)
+    assert scene.plan([[PEER]] * 4, Prefill(0.02)).stop == 4  # type: ignore[attr-defined]
+    scene.setup_s = 0.1
+    assert scene.plan([[PEER]] * 4, Prefill(0.02)).stop == 0  # type: ignore[attr-defined]
+    planned = scene.plan([[PEER]] * 4, Prefill(0.3))
+    assert planned.stop == 4  # type: ignore[attr-defined]
+    assert race_s(planned, 4, Prefill(0.3))[0] > 1.2 * scene.setup_s, "it is given the time"  # type: ignore[arg-type]
 
 
 def test_without_a_pace_everything_is_pulled() -> None:

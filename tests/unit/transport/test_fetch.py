@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from p2pkv.transport.base import PullRequest, PullResult
 from p2pkv.transport.breaker import Fault
 from p2pkv.transport.deal import TRIES_MAX
+from p2pkv.transport.estimates import Estimates
 from p2pkv.transport.fetch import Fetcher
 from p2pkv.transport.peers import Peers
 from p2pkv.transport.plan import Estimate, Source
@@ -89,6 +91,10 @@ class Peer:
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
+    async def prepare(self, node: int) -> None: ...
+    def setup_s(self, node: int) -> float:
+        return 0.0
+
     def peer_gone(self, node: int) -> None: ...
 
     async def pull(self, request: PullRequest) -> PullResult:
@@ -180,6 +186,28 @@ async def test_what_nobody_has_is_a_miss_and_costs_no_slot() -> None:
     bench = Bench(gives(), held={KEYS[0]: [1]})
     assert await bench.fetch(KEYS[:3]) == [Status.OK, Status.MISS, Status.MISS]
     assert len(bench.landing.slots) == 1 and bench.tidy()
+
+
+@pytest.mark.parametrize("connecting", [True, False])
+async def test_being_slow_to_connect_is_not_taken_for_being_slow(connecting: bool) -> None:
+    """Given up because computing is quicker: what that says of the peer's pace depends on what it was waited for."""
+
+    async def never(request: PullRequest) -> PullResult:
+        ended = asyncio.Event()
+        request.call_off.on_call(ended.set)
+        began = time.monotonic()
+        await ended.wait()
+        took_s = time.monotonic() - began
+        return PullResult([Status.LOST], 0, "called off", setup_s=took_s if connecting else 0.0)
+
+    bench = Bench(never)
+    bench.known.estimates = Estimates(lambda source: Estimate(0.001, 1e9))
+    before = bench.known.estimate(Source(1, Tier.DRAM)).bytes_per_s
+    reported: list[Status] = []
+    await bench.fetcher.fetch(NS, KEYS[:1], 5.0, lambda _, status: reported.append(status), give_up_s=[0.02])
+    assert reported and Status.OK not in reported and bench.tidy()
+    after = bench.known.estimate(Source(1, Tier.DRAM)).bytes_per_s
+    assert after == pytest.approx(before) if connecting else after < before / 2
 
 
 async def test_what_is_here_already_is_not_asked_for() -> None:

@@ -124,7 +124,9 @@ def test_each_source_is_estimated_once_however_long_the_chain_is() -> None:
 SOURCES = st.lists(st.lists(st.sampled_from([A, B, C, D]), max_size=3, unique=True), max_size=7)
 PACES = st.fixed_dictionaries(
     {
-        source: st.builds(Estimate, st.floats(0, 0.01), st.floats(1e6, 1e9), st.floats(0, 0.01), st.just(0.0))
+        source: st.builds(
+            Estimate, st.floats(0, 0.01), st.floats(1e6, 1e9), st.floats(0, 0.01), st.just(0.0), st.floats(0, 0.1)
+        )
         for source in (A, B, C, D)
     }
 )
@@ -141,7 +143,7 @@ def test_what_a_plan_says_follows_from_its_runs(
         assert run.positions == sorted(run.positions)
         assert all(run.source in sources[position] for position in run.positions)
         pace = paces[run.source]
-        ends_s = pace.busy_s + pace.first_byte_s + len(run.positions) * MIB / pace.bytes_per_s
+        ends_s = pace.start_s + len(run.positions) * MIB / pace.bytes_per_s
         assert run.ends_s == pytest.approx(ends_s + (ASK_S if i else 0.0))
     assert found.pull_s == pytest.approx(max((run.ends_s for run in found.runs), default=0.0))
     assert found.pull_s <= deadline_s
