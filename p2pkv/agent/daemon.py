@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from p2pkv import _native
+from p2pkv.agent.hot import FEATURE as HOT
+from p2pkv.agent.hot import HotAnswers
 from p2pkv.agent.identity import Identity
 from p2pkv.agent.ipc import EngineServer
 from p2pkv.agent.kept_estimates import KeptEstimates
@@ -30,6 +32,7 @@ from p2pkv.agent.suspicion import FEATURE as SUSPECT
 from p2pkv.agent.suspicion import Suspicion
 from p2pkv.agent.tokenizers import Tokenizers
 from p2pkv.agent.transports import Transports
+from p2pkv.agent.warm import Ahead
 from p2pkv.agent.worth import Worth
 from p2pkv.config import Config, parse_size
 from p2pkv.gossip.driver import PeerNetwork
@@ -167,7 +170,9 @@ class Agent:
         self.network = PeerNetwork(
             settings=config.peer,
             cell=config.peer.cell,
-            card=Card(self.node, self.identity.epoch, Address("", 0), "", host_id(), [], ["tcp"], features=[SUSPECT]),
+            card=Card(
+                self.node, self.identity.epoch, Address("", 0), "", host_id(), [], ["tcp"], features=[SUSPECT, HOT]
+            ),
             log=self.ownership,
             index=self.index,
             renew=self.identity.renew,
@@ -218,6 +223,8 @@ class Agent:
             try_one=self.service.try_one,
             prepare=self.transports.prepare,
         )
+        self.hot = HotAnswers(self.store, self.network)
+        self.ahead = Ahead(self.service, self.network, usable=self.sources.peers.usable)
         exits.push_async_callback(self.service.fetcher.stop)
         exits.push_async_callback(self.transports.stop)
         await self.transports.start()
@@ -257,7 +264,9 @@ class Agent:
             regions_max=config.engine.regions_max,
             lane=self.lane,
             directory=self.directory,
+            ahead=self.ahead,
         )
+        exits.push_async_callback(self.ahead.stop)
         await self.engines.start()
         exits.push_async_callback(self.engines.stop)
 

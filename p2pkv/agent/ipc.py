@@ -25,6 +25,7 @@ import msgspec
 from p2pkv.agent.lane import EngineLane, Port, Rest
 from p2pkv.agent.regions import MappedRegion
 from p2pkv.agent.service import CacheService, Ready
+from p2pkv.agent.warm import Ahead
 from p2pkv.errors import Busy, ConfigError, InvalidArgument, LayoutMismatch, P2PKVError, RemoteProtocolError
 from p2pkv.store.directory import DirectoryFiles
 from p2pkv.transport.movers import Code
@@ -42,9 +43,12 @@ from p2pkv.wire.engine import (
     Ok,
     Open,
     Opened,
+    Prefetch,
     ReleaseLease,
+    Replicate,
     Store,
     UnmapRegion,
+    Warm,
 )
 from p2pkv.wire.engine import (
     Ready as ReadyMessage,
@@ -80,7 +84,9 @@ class EngineServer:
         regions_max: int,
         lane: EngineLane,
         directory: DirectoryFiles | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
+        self.ahead = ahead
         self.lane = lane
         self.directory = directory
         self.service = service
@@ -210,6 +216,9 @@ class EngineConnection:
             ReleaseLease: self._on_release,
             Store: self._on_store,
             Load: self._on_load,
+            Prefetch: self._on_prefetch,
+            Replicate: self._on_replicate,
+            Warm: self._on_warm,
         }
 
     @property
@@ -513,6 +522,35 @@ class EngineConnection:
             self._send(done, request_id)
 
         self._spawn(load(), request_id)
+
+    # --- ahead of need ---
+
+    @property
+    def _ahead(self) -> Ahead:
+        if self._server.ahead is None:
+            raise Busy("this agent has not joined its cell")
+        return self._server.ahead
+
+    def _on_prefetch(self, message: Prefetch, request_id: int) -> None:
+        self._check_namespace(message.namespace)
+        ahead, deadline_s = self._ahead, min(message.deadline_ms, DEADLINE_MS_MAX) / 1000
+
+        async def prefetch() -> None:
+            self._send(await ahead.prefetch(message.namespace, message.keys, deadline_s), request_id)
+
+        self._spawn(prefetch(), request_id)
+
+    def _on_replicate(self, message: Replicate, request_id: int) -> None:
+        self._check_namespace(message.namespace)
+        ahead = self._ahead
+
+        async def replicate() -> None:
+            self._send(await ahead.replicate(message.namespace, message.keys, message.nodes), request_id)
+
+        self._spawn(replicate(), request_id)
+
+    def _on_warm(self, message: Warm, request_id: int) -> None:
+        self._send(self._ahead.warm(message), request_id)
 
     def _check_namespace(self, namespace: int) -> Layout:
         layout = self._layouts.get(namespace)

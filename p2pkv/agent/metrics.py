@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
@@ -150,6 +151,12 @@ class AgentCollector(Collector):
             "Blocks of peers that were not worth pulling.",
             worth.refused_blocks if worth is not None else 0,
         )
+        ahead = CounterMetricFamily(
+            "p2pkv_ahead_blocks", "Blocks pulled ahead of need, and wishes for them that failed.", labels=["result"]
+        )
+        for name, count in msgspec.structs.asdict(agent.ahead.stats).items():
+            ahead.add_metric([name], count)
+        yield ahead
         yield _gauge(
             "p2pkv_pulls_admitted_bytes", "Bytes that pulls may have on their way.", fetcher.admission.used_bytes
         )

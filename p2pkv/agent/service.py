@@ -18,9 +18,10 @@ from typing import Final, NamedTuple
 import msgspec
 
 from p2pkv.agent.lane import EngineLane, Landed
+from p2pkv.agent.layouts import Layouts
 from p2pkv.agent.regions import MappedRegion
 from p2pkv.agent.worth import HERE, Worth, race_s
-from p2pkv.errors import Busy, InvalidArgument, LayoutMismatch
+from p2pkv.errors import Busy
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import Holder, PrefixIndex
 from p2pkv.store.arena import Arena
@@ -112,9 +113,8 @@ class CacheService:
         self.lane: EngineLane | None = None  # what answers GETs without us, once it is there
         self.stats = ServiceStats()
         self._slot_node = slot_node
-        self._on_layouts = on_layouts
+        self._layouts = Layouts(store, on_layouts, self.publish)
         self._clock = clock
-        self._open: Counter[Layout] = Counter()  # layouts that live engines use
 
     # --- layouts ---
 
@@ -130,28 +130,15 @@ class CacheService:
             LayoutMismatch: a live engine of this node keeps the same cache with another layout.
             InvalidArgument: the layout is impossible, or does not fit the arena.
         """
-        if problems := layout.problems():
-            raise InvalidArgument("the layout is impossible: " + "; ".join(problems))
-        for other in self._open:
-            if fields := layout.conflicts(other):
-                said = ", ".join(f"{f} is {getattr(layout, f)!r}, but {getattr(other, f)!r} there" for f in fields)
-                raise LayoutMismatch(
-                    f"another engine of this node keeps this cache with another layout: {said}",
-                    fields=fields,
-                    hint="Start both engines with the same settings, or tell them apart by revision or tenant.",
-                )
-        known = layout in self.layouts
-        namespace = self.store.register(layout)
-        self._open[layout] += 1
-        if not known:
-            self._on_layouts()
-        return namespace
+        return self._layouts.open(layout)
+
+    def adopt(self, layout: Layout) -> int:
+        """Keep blocks of a layout that a peer has told of; see :meth:`Layouts.adopt`."""
+        return self._layouts.adopt(layout)
 
     def close(self, layout: Layout) -> None:
         """An engine has gone. Its blocks stay."""
-        self._open[layout] -= 1
-        if self._open[layout] <= 0:
-            del self._open[layout]
+        self._layouts.close(layout)
 
     # --- for peers (BlockSource) ---
 

@@ -19,6 +19,7 @@ COMMANDS: Final[dict[str, str]] = {
     "agent": "Run this node's agent.",
     "lookup": "Ask an agent who holds a prefix.",
     "explain": "Say how an agent would get a prefix, how far, and why.",
+    "warm": "Fill a cold agent with what its peers used last.",
     "doctor": "Say what works on this host, and what to do about what does not.",
     "bench": "Measure against memcpy and raw sockets, in the same run.",
     "keys": "Make and rotate the keys of a cell.",

@@ -20,6 +20,9 @@ def demo(
     model: Annotated[Path, typer.Option(help="Where the small model is kept between runs.")] = Path(
         ".cache/demo-model"
     ),
+    scale_out: Annotated[
+        bool, typer.Option("--scale-out", help="At the end a node joins, and is warm before its first request.")
+    ] = False,
     keep: Annotated[bool, typer.Option(help="Leave the cluster up afterwards, until Ctrl-C.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
@@ -56,6 +59,7 @@ def demo(
         transport=transport,
         model_dir=model,
         progress=say,
+        scale_out=scale_out,
         keep=show_and_wait if keep else None,
     )
     if not keep:

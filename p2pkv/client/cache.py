@@ -25,6 +25,9 @@ from p2pkv.client.messages import (
     Matched,
     MatchKeys,
     Ok,
+    Prefetch,
+    Replicate,
+    Replicated,
     Store,
     UnmapRegion,
     decode,
@@ -39,7 +42,7 @@ from p2pkv.errors import (
 )
 from p2pkv.light import TYPE_CHECKING, Any, Final, NamedTuple
 from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
-from p2pkv.wire.engine_types import EngineType, Pace, Source
+from p2pkv.wire.engine_types import WARM_PROTOCOL, EngineType, Pace, Source
 from p2pkv.wire.frame import Frame
 from p2pkv.wire.limits import KEYS_MAX
 
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
 
 PAGE: Final = 4096
 DEADLINE_MS: Final = 2_000
+PREFETCH_MS: Final = 60_000
+LATE_S: Final = 1.0
+"""The agent answers at its deadline; the answer may come a little later."""
 STAGING_BYTES: Final = 32 << 20
 """Per cache, allocated at the first put: enough that one copy hides behind the other."""
 
@@ -78,6 +84,15 @@ class Match(NamedTuple):
     anywhere: int
     present: list[str | None]
     nodes: dict[str, dict[Tier, int]]
+
+
+class Replica(NamedTuple):
+    """What a node does about blocks that it was told to replicate: so many are there, so many it begins to pull;
+    ``reason``: why it does not do more ("": it does all that its free memory allows)."""
+
+    here: int
+    begun: int
+    reason: str
 
 
 class Cache:
@@ -220,6 +235,44 @@ class Cache:
         }
         names = {Source.NONE: None, Source.LOCAL: "local", Source.PEER: "peer"}
         return Match(answer.local, answer.anywhere, [names[Source(s)] for s in answer.present], nodes)
+
+    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: int = PREFETCH_MS) -> list[bool]:
+        """Have blocks in the agent's store ahead of need. True where they are there. Comes behind all gets and loads.
+
+        Raises:
+            AgentUnavailable, DeadlineExceeded: no agent, or no answer in time. Busy: it has too much to do.
+        """
+        _check_keys(keys)
+        deadline = time.monotonic() + deadline_ms / 1000
+        connection = self._client.connection(deadline).speaking(WARM_PROTOCOL)
+        answer = connection.request(Prefetch(self.namespace, list(keys), deadline_ms), deadline=deadline + LATE_S)
+        if not isinstance(answer, Done):
+            raise P2PKVError("unexpected answer to PREFETCH", got=type(answer).__name__)
+        return [status == Status.OK for status in answer.statuses]
+
+    def replicate(
+        self, keys: Sequence[bytes], nodes: Sequence[str], *, deadline_ms: int = DEADLINE_MS
+    ) -> dict[str, Replica]:
+        """Have other nodes (ids as :meth:`match` names them) pull blocks, into what memory they have free. They do so
+        after they have answered; :meth:`match` shows when.
+
+        Raises:
+            InvalidArgument: not a node id. AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
+        """
+        _check_keys(keys)
+        try:
+            numbers = [int(node, 16) for node in nodes]
+        except ValueError as error:
+            raise InvalidArgument("node ids are 16 hexadecimal digits", reason=error) from error
+        if not numbers:
+            return {}
+        deadline = time.monotonic() + deadline_ms / 1000
+        connection = self._client.connection(deadline).speaking(WARM_PROTOCOL)
+        answer = connection.request(Replicate(self.namespace, list(keys), numbers), deadline=deadline)
+        if not isinstance(answer, Replicated):
+            raise P2PKVError("unexpected answer to REPLICATE", got=type(answer).__name__)
+        rows = zip(nodes, answer.here, answer.begun, answer.reasons, strict=True)
+        return {node: Replica(here, begun, reason) for node, here, begun, reason in rows}
 
     def map_region(
         self, fd: int, *, slots: int, slot_bytes: int = 0, offset: int = 0, deadline_ms: int = DEADLINE_MS

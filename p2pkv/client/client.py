@@ -17,12 +17,12 @@ import time
 from p2pkv.client.cache import Cache, Region
 from p2pkv.client.connection import Connection
 from p2pkv.client.jobs import JobKind, JobResult, Jobs
-from p2pkv.client.messages import Answer, Done, Load, Open, Opened, Request
+from p2pkv.client.messages import Answer, Done, Load, Open, Opened, Request, Warm, Warming
 from p2pkv.errors import AgentUnavailable, InvalidArgument, P2PKVError
 from p2pkv.light import Final
 from p2pkv.paths import default_socket_path
 from p2pkv.types import Layout
-from p2pkv.wire.engine_types import Source
+from p2pkv.wire.engine_types import WARM_PROTOCOL, Source
 
 CONNECT_MS: Final = 2_000
 BACKOFF_S: Final = (0.05, 2.0)
@@ -79,6 +79,20 @@ class AgentClient:
             if cache is None:
                 cache = self._caches[answer.namespace] = Cache(self, layout, answer.namespace)
             return cache
+
+    def warm(self, top_bytes: int = 0, *, within_ms: int = 600_000, stop: bool = False) -> Warming:
+        """Have the agent pull what its peers used last, ``top_bytes`` of it, into what memory it has free: in the
+        background, behind all that anybody waits for. Returns at once; call it with 0 bytes to hear how it goes.
+
+        Raises:
+            Busy: it is warming up already. AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
+        """
+        deadline = time.monotonic() + CONNECT_MS / 1000
+        connection = self.connection(deadline).speaking(WARM_PROTOCOL)
+        answer = connection.request(Warm(top_bytes, within_ms, stop), deadline=deadline)
+        if not isinstance(answer, Warming):
+            raise P2PKVError("unexpected answer to WARM", got=type(answer).__name__)
+        return answer
 
     def poll(self, timeout_ms: float = 0) -> list[JobResult]:
         """Results of jobs that have ended since the last call; waits at most ``timeout_ms`` for the first one."""

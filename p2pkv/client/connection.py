@@ -13,7 +13,7 @@ from p2pkv import _native
 from p2pkv.client.channel import Channel
 from p2pkv.client.messages import Attach, EngineError, Ready, decode, encode
 from p2pkv.client.own_loads import OwnLoads
-from p2pkv.errors import AgentUnavailable, RemoteProtocolError
+from p2pkv.errors import AgentUnavailable, RemoteProtocolError, Unavailable
 from p2pkv.wire.engine_types import ENGINE_PROTOCOL_MAX, ENGINE_PROTOCOL_MIN
 from p2pkv.wire.frame import FrameDecoder
 
@@ -46,6 +46,16 @@ class Connection(Channel):
                 os.close(descriptor)
         self.own_loads = OwnLoads(self.gets)
         super().__init__(sock)
+
+    def speaking(self, protocol: int) -> Connection:
+        """This connection, if the agent speaks at least this version.
+
+        Raises:
+            Unavailable: it is older.
+        """
+        if self.ready.protocol < protocol:
+            raise Unavailable("the agent is too old for that", speaks=self.ready.protocol, needed=protocol)
+        return self
 
     def wait_news(self, timeout_s: float) -> None:
         """Sleep until something arrives or a load of our own is done, at most ``timeout_s``."""

@@ -18,7 +18,7 @@ from p2pkv.types import MASK64
 from p2pkv.wire.engine_types import EngineType
 from p2pkv.wire.frame import Frame
 from p2pkv.wire.frame import encode as encode_frame
-from p2pkv.wire.limits import ERROR_FIELDS_MAX, KEYS_MAX, NAME_CHARS_MAX, NODES_MAX, TEXT_CHARS_MAX
+from p2pkv.wire.limits import ERROR_FIELDS_MAX, KEYS_MAX, NAME_CHARS_MAX, NODES_MAX, REPLICAS_MAX, TEXT_CHARS_MAX
 
 
 def _shape(message: type[NamedTuple]) -> Shape:
@@ -33,6 +33,7 @@ _name = Shape.text(NAME_CHARS_MAX)
 
 U32 = Annotated[int, _u32]
 U64 = Annotated[int, _u64]
+Bool = Annotated[bool, Shape.boolean()]
 Name = Annotated[str, _name]
 Text = Annotated[str, Shape.text(TEXT_CHARS_MAX)]
 Names = Annotated[tuple[str, ...], Shape.array(_name, ERROR_FIELDS_MAX)]
@@ -105,6 +106,30 @@ class MatchKeys(NamedTuple):
     overhead_us: int = 0
 
 
+class Prefetch(NamedTuple):
+    """-> :class:`Done`."""
+
+    namespace: int
+    keys: Sequence[bytes]
+    deadline_ms: int
+
+
+class Replicate(NamedTuple):
+    """-> :class:`Replicated`."""
+
+    namespace: int
+    keys: Sequence[bytes]
+    nodes: Sequence[int]
+
+
+class Warm(NamedTuple):
+    """-> :class:`Warming`."""
+
+    top_bytes: int
+    deadline_ms: int
+    stop: bool = False
+
+
 # --- answers ---
 
 
@@ -153,6 +178,30 @@ class Matched(NamedTuple):
     nodes: Annotated[tuple[NodeMatch, ...], Shape.array(_shape(NodeMatch), NODES_MAX)]
 
 
+class Replicated(NamedTuple):
+    """Per node how many blocks are there, how many it begins to pull, and why it does not."""
+
+    here: Annotated[tuple[int, ...], Shape.array(_u32, REPLICAS_MAX)]
+    begun: Annotated[tuple[int, ...], Shape.array(_u32, REPLICAS_MAX)]
+    reasons: Annotated[tuple[str, ...], Shape.array(Shape.text(TEXT_CHARS_MAX), REPLICAS_MAX)]
+
+
+class Warming(NamedTuple):
+    """How warming up goes, or how the last one went."""
+
+    running: Bool
+    complete: Bool
+    peers: U32
+    top_bytes: U64
+    seen_bytes: U64
+    blocks_here: U64
+    blocks_pulled: U64
+    blocks_failed: U64
+    bytes_pulled: U64
+    took_ms: U64
+    why: Text
+
+
 class Ok(NamedTuple):
     """Done, nothing to say."""
 
@@ -165,8 +214,8 @@ class EngineError(NamedTuple):
     fields: Names = ()
 
 
-Request = Attach | Open | MapRegion | UnmapRegion | Store | Load | MatchKeys
-Answer = Ready | Opened | Done | Matched | Ok | EngineError
+Request = Attach | Open | MapRegion | UnmapRegion | Store | Load | MatchKeys | Prefetch | Replicate | Warm
+Answer = Ready | Opened | Done | Matched | Replicated | Warming | Ok | EngineError
 
 REQUESTS: Final[dict[type[Request], EngineType]] = {
     Attach: EngineType.ATTACH,
@@ -176,12 +225,17 @@ REQUESTS: Final[dict[type[Request], EngineType]] = {
     Store: EngineType.STORE,
     Load: EngineType.LOAD,
     MatchKeys: EngineType.MATCH,
+    Prefetch: EngineType.PREFETCH,
+    Replicate: EngineType.REPLICATE,
+    Warm: EngineType.WARM,
 }
 ANSWERS: Final[dict[int, type[Answer]]] = {
     EngineType.READY: Ready,
     EngineType.OPENED: Opened,
     EngineType.DONE: Done,
     EngineType.MATCHED: Matched,
+    EngineType.REPLICATED: Replicated,
+    EngineType.WARMING: Warming,
     EngineType.OK: Ok,
     EngineType.ERROR: EngineError,
 }

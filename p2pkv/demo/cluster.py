@@ -119,7 +119,7 @@ class Cluster:
         """
         ports = free_ports(2 * count)
         for i in range(count):
-            self.agents.append(self._start_agent(i, ports[2 * i], ports[2 * i + 1], cores))
+            self.agents.append(self._start_agent(len(self.agents), ports[2 * i], ports[2 * i + 1], cores))
         for agent in self.agents:
             self.wait_for_agent(agent)
 

@@ -16,7 +16,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt on one replica."""
 
     prompt: int
-    how: str  # "cold", "pulled" or "recomputed"
+    how: str  # "cold", "pulled", "recomputed" or "warmed"
     replica: str
     ttft_s: float
     cached_tokens: int
@@ -67,12 +67,20 @@ def promises(
     pulled = [run for run in runs if run.how == "pulled"]
     share = min((run.from_peer_tokens / (full_blocks * block_tokens) for run in pulled), default=0.0)
     ratio = max((run.ttft_s / recomputed[run.prompt] for run in pulled if run.prompt in recomputed), default=math.inf)
-    return [
+    warmed = [run for run in runs if run.how == "warmed"]
+    found = [
         _promise("demo.tokens_differ", len(unequal), 0, "prompts", most=True),
         _promise("demo.pulled_share_of_full_blocks", share, PULLED_SHARE_MIN, "ratio", most=False),
         _promise("demo.ttft_pulled_over_recomputed", ratio, TTFT_RATIO_MAX, "ratio", most=True),
         _promise("demo.other_transport_than_asked", asked not in ("auto", used), 0, "transports", most=True),
     ]
+    if warmed:
+        here = min(run.from_local_tokens / (full_blocks * block_tokens) for run in warmed)
+        found.append(_promise("demo.warmed_share_of_full_blocks", here, PULLED_SHARE_MIN, "ratio", most=False))
+        found.append(
+            _promise("demo.warmed_asked_peers_for", sum(run.bytes_moved for run in warmed), 0, "bytes", most=True)
+        )
+    return found
 
 
 def first_tokens(runs: Sequence[Run]) -> dict[int, list[int]]:

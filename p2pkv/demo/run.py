@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from p2pkv.client import AgentClient
 from p2pkv.demo.cluster import (
     CHUNK_TOKENS,
     MODEL_TOKENS_MAX,
@@ -27,6 +28,7 @@ QUESTION_TOKENS: Final = 16
 ANSWER_TOKENS: Final = 16
 PROMPT_TOKENS_MAX: Final = MODEL_TOKENS_MAX - QUESTION_TOKENS - ANSWER_TOKENS
 WARM_TOKENS: Final = 512
+WARM_BYTES: Final = 1 << 30
 
 
 def run_demo(
@@ -37,6 +39,7 @@ def run_demo(
     transport: str,
     model_dir: Path,
     progress: Progress,
+    scale_out: bool = False,
     keep: Callable[[Cluster, Outcome], None] | None = None,
 ) -> Outcome:
     """Start everything, measure, end everything.
@@ -47,6 +50,7 @@ def run_demo(
     Args:
         replicas: engines with p2pkv, each with an agent; the first one computes, the others pull.
         prompts, prompt_tokens: how many prefixes, and how long each is.
+        scale_out: at the end a node joins; its agent warms up from the others while its engine still starts.
         keep: called with the running cluster when all has been measured; everything ends when that returns.
 
     Raises:
@@ -91,6 +95,8 @@ def run_demo(
                 wait_visible(agents[i].http, model.resolve().name, text, full_tokens)
                 with working(progress, f"prompt {number}: pulled to {name_of(i)}"):
                     runs.append(measure_run(number, "pulled", name_of(i), with_p2pkv[i], agents[i], text))
+        if scale_out:
+            runs += join(cluster, texts, progress)
         outcome = judge(runs, prompt_tokens, asked=transport, used=transport_used(agents[1]))
         if not outcome.ok:  # the logs go away with the cluster
             for name, tail in cluster.logs():
@@ -98,6 +104,28 @@ def run_demo(
         if keep is not None:
             keep(cluster, outcome)
     return outcome
+
+
+def join(cluster: Cluster, texts: Sequence[list[int]], progress: Progress) -> list[Run]:
+    """A node joins: its agent pulls what the others used last, while its engine loads its weights. Then the prompts."""
+    name = name_of(len(cluster.agents))
+    progress(f"scaling out: starting agent and replica {name}")
+    cluster.start_agents(1)
+    agent = cluster.agents[-1]
+    engine = cluster.start_replica(agent, name=f"replica {name}")
+    with AgentClient(agent.socket, name="demo") as client:
+        client.warm(WARM_BYTES)
+        with working(progress, f"agent {name} warms up from its peers"):
+            while (state := client.warm()).running:
+                time.sleep(0.05)
+    progress(f"agent {name} has pulled {state.blocks_pulled} blocks in {state.took_ms} ms ({state.why})")
+    cluster.wait_for(engine)
+    warm(engine, progress=progress)
+    runs = []
+    for number, text in enumerate(texts):
+        with working(progress, f"prompt {number}: on {name}, which was warm before its first request"):
+            runs.append(measure_run(number, "warmed", name, engine, agent, text))
+    return runs
 
 
 def judge(runs: Sequence[Run], prompt_tokens: int, *, asked: str, used: str) -> Outcome:

@@ -26,7 +26,7 @@ from p2pkv.errors import PeerUnavailable, RemoteProtocolError
 from p2pkv.gossip.addresses import at, life_of, observed, parse
 from p2pkv.gossip.connection import ControlConnection
 from p2pkv.gossip.introductions import Introductions, ThisNode
-from p2pkv.gossip.link import PeerLink
+from p2pkv.gossip.link import ANSWERED_BY, ANSWERS, PeerLink
 from p2pkv.gossip.requests import Requests
 from p2pkv.gossip.sayings import Sayings
 from p2pkv.gossip.sealed import Life, Opener, Sealer
@@ -46,9 +46,6 @@ WAITING_BYTES_MAX: Final = 32 << 20
 """Letters for one address whose connection is being opened: a snapshot of the largest owner."""
 DIAL_AGAIN_S: Final = 0.2
 DIALS_MAX: Final = 64
-
-REQUESTS: Final = frozenset({PeerType.PIN, PeerType.RELEASE, PeerType.NIXL_CONNECT, PeerType.SUSPECT})
-ANSWERS: Final = frozenset({PeerType.PINNED, PeerType.RELEASED, PeerType.NIXL_ENDPOINT, PeerType.SUSPECTED})
 
 log = logging.getLogger("p2pkv.gossip")
 
@@ -414,9 +411,9 @@ class Control:
             elif isinstance(message, PeerError) and frame.request_id == 0:
                 self._counters["refused_by_peer"] += 1
                 self._close(conn, f"the peer says: {message.code}: {message.message}")
-            elif conn.dialed and (frame.type in ANSWERS or isinstance(message, PeerError)):
+            elif conn.dialed and (type(message) in ANSWERED_BY or isinstance(message, PeerError)):
                 link.on_answer(frame, message)
-            elif not conn.dialed and frame.type in REQUESTS:
+            elif not conn.dialed and type(message) in ANSWERS:
                 self._requests.take(link, frame.request_id, message)
             else:
                 raise RemoteProtocolError("frame out of place", type=frame.type)

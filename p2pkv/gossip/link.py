@@ -28,6 +28,8 @@ from p2pkv.wire.frame import Frame
 from p2pkv.wire.peer import (
     CODEC,
     Card,
+    Hot,
+    HotKeys,
     NixlConnect,
     NixlEndpointReply,
     PeerError,
@@ -35,6 +37,8 @@ from p2pkv.wire.peer import (
     Pinned,
     Release,
     Released,
+    Replicate,
+    Replicated,
     Suspect,
     Suspected,
 )
@@ -42,12 +46,18 @@ from p2pkv.wire.peer import (
 IN_FLIGHT_MAX: Final = 256
 """Unanswered requests per connection; an owner answers within a deadline, so this many waiting means it is stuck."""
 
-ANSWERS: Final[dict[type[msgspec.Struct], type[msgspec.Struct]]] = {
+ANSWERS: Final[dict[type[msgspec.Struct], type[msgspec.Struct]]] = {  # all requests there are on a control connection
     Pin: Pinned,
     Release: Released,
     NixlConnect: NixlEndpointReply,
     Suspect: Suspected,
+    Hot: HotKeys,
+    Replicate: Replicated,
 }
+
+
+ANSWERED_BY: Final = frozenset(ANSWERS.values())
+"""What a reader's end is sent."""
 
 
 class PeerLink:

@@ -98,15 +98,27 @@ nb::tuple take_events(Store& store) {
     return nb::make_tuple(pack(events.keys), pack(events.tiers));
 }
 
+nb::list to_list_of_bytes(const std::vector<std::string>& keys) {
+    nb::list out;
+    for (const std::string& key : keys) out.append(to_bytes(key));
+    return out;
+}
+
 nb::list keys_of(const Store& store, uint64_t space, size_t limit) {
     std::vector<std::string> keys;
     {
         nb::gil_scoped_release unlocked;
         keys = store.keys(space, limit);
     }
-    nb::list out;
-    for (const std::string& key : keys) out.append(to_bytes(key));
-    return out;
+    return to_list_of_bytes(keys);
+}
+
+nb::list hot(const Store& store, uint64_t space, size_t limit, nb::bytes after) {
+    return to_list_of_bytes(store.hot(space, limit, {after.c_str(), after.size()}));
+}
+
+nb::bytes count_marks(Store& store, uint64_t space, nb::bytes from, size_t most, double now) {
+    return to_bytes(store.count_marks(space, {from.c_str(), from.size()}, most, now));
 }
 
 nb::bytes index_keys(const Store& store) {
@@ -271,6 +283,8 @@ void bind_store(nb::module_& m) {
             "namespace"_a, "key"_a)
         .def("count", &Store::count, "namespace"_a)
         .def("keys", &keys_of, "namespace"_a, "limit"_a)
+        .def("hot", &hot, "namespace"_a, "limit"_a, "after"_a)
+        .def("count_marks", &count_marks, "namespace"_a, "from_key"_a, "most"_a, "now"_a)
         .def("take_events", &take_events)
         .def("take_changes", &take_changes)
         .def("index_keys", &index_keys)

@@ -325,6 +325,16 @@ class DramStore:
         """Hashes of at most ``limit`` blocks of a namespace, oldest put first."""
         return self.core.keys(namespace, limit)
 
+    def hot(self, namespace: int, limit: int, after: bytes = b"") -> list[bytes]:
+        """At most ``limit`` of a namespace's hashes, the one used last first, a prefix before what follows it; after
+        ``after``, if it is given. Empty: that was all (or ``after`` has gone, or only other namespaces come next)."""
+        return self.core.hot(namespace, limit, after)
+
+    def count_marks(self, namespace: int, from_key: bytes, most: int, now: float) -> bytes:
+        """Count what engines have read by themselves as used, for ``most`` blocks, from ``from_key`` on (empty: from
+        the beginning). Returns where to go on; empty: that was all."""
+        return self.core.count_marks(namespace, from_key, most, now)
+
     def index_keys(self) -> Iterator[int]:
         """Index keys of all listed blocks, in no order: what an ownership log that starts now begins with."""
         return iter(_words(self.core.index_keys()))

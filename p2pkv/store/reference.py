@@ -430,6 +430,16 @@ class ReferenceStore:
         space = self._spaces.get(namespace)
         return [] if space is None else list(islice(space.blocks, limit))
 
+    def hot(self, namespace: int, limit: int, after: bytes = b"") -> list[bytes]:
+        """At most ``limit`` of a namespace's hashes, the one used last first; after ``after``, if it is given."""
+        space = self._spaces.get(namespace)
+        if space is None or (after and after not in space.blocks):
+            return []
+        order = list(space.size.policy.victims(lambda block: False))[::-1]
+        if after:
+            order = order[order.index(space.blocks[after]) + 1 :]
+        return [block.key for block in order[: 4 * limit] if block.namespace == namespace][:limit]
+
     def present(self, namespace: int, keys: Sequence[bytes]) -> bytes:
         """One byte per key: 1 = here."""
         return bytes(block is not None for block in self.lookup_many(namespace, keys))

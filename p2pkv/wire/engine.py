@@ -16,7 +16,7 @@ from p2pkv.types import Layout
 from p2pkv.wire.codec import Codec
 from p2pkv.wire.engine_types import NO_PROCESSOR, EngineType
 from p2pkv.wire.fields import U16, U32, U64, Extent, FieldNames, Hashes, Name, Text
-from p2pkv.wire.limits import KEYS_MAX, NODES_MAX
+from p2pkv.wire.limits import KEYS_MAX, NODES_MAX, REPLICAS_MAX
 
 REGIONS_MAX: Final = 64
 Slots = Annotated[list[U32], Meta(max_length=KEYS_MAX)]
@@ -190,6 +190,58 @@ class Matched(msgspec.Struct, frozen=True, array_like=True):
     nodes: Annotated[list[NodeMatch], Meta(max_length=NODES_MAX)]
 
 
+class Prefetch(msgspec.Struct, frozen=True, array_like=True):
+    """Have these blocks here, pulled from peers behind all that anybody waits for, within the deadline -> DONE."""
+
+    namespace: U64
+    keys: Hashes
+    deadline_ms: U32
+
+
+class Replicate(msgspec.Struct, frozen=True, array_like=True):
+    """Have these nodes pull these blocks, behind all that anybody waits for there -> REPLICATED."""
+
+    namespace: U64
+    keys: Hashes
+    nodes: Annotated[list[U64], Meta(min_length=1, max_length=REPLICAS_MAX)]
+
+
+class Replicated(msgspec.Struct, frozen=True, array_like=True):
+    """Per node: blocks that are there already, blocks that it begins to pull, and why it does not ("": it does)."""
+
+    here: Annotated[list[U32], Meta(max_length=REPLICAS_MAX)]
+    begun: Annotated[list[U32], Meta(max_length=REPLICAS_MAX)]
+    reasons: Annotated[list[Text], Meta(max_length=REPLICAS_MAX)]
+
+
+class Warm(msgspec.Struct, frozen=True, array_like=True):
+    """Pull what peers used last, ``top_bytes`` of it, into what memory is free, by the deadline -> WARMING, at once.
+
+    0 bytes: only tell how the last one goes or went. ``stop``: end it."""
+
+    top_bytes: U64
+    deadline_ms: U32
+    stop: bool = False
+
+
+class Warming(msgspec.Struct, frozen=True, array_like=True):
+    """How warming up goes, or how the last one went. Of the ``top_bytes`` asked for, ``seen_bytes`` have been looked at
+    so far; of these blocks some were here, some were pulled, and some did not come. ``why`` it ended; ``complete``:
+    there was no more to do, as all of it is there, or peers have no more, or no memory is free."""
+
+    running: bool
+    complete: bool
+    peers: U32
+    top_bytes: U64
+    seen_bytes: U64
+    blocks_here: U64
+    blocks_pulled: U64
+    blocks_failed: U64
+    bytes_pulled: U64
+    took_ms: U64
+    why: Text
+
+
 class Ok(msgspec.Struct, frozen=True, array_like=True):
     """Done, nothing to say."""
 
@@ -220,6 +272,11 @@ CODEC: Final = Codec(
         EngineType.MATCHED: Matched,
         EngineType.OK: Ok,
         EngineType.AHEAD: Ahead,
+        EngineType.PREFETCH: Prefetch,
+        EngineType.REPLICATE: Replicate,
+        EngineType.REPLICATED: Replicated,
+        EngineType.WARM: Warm,
+        EngineType.WARMING: Warming,
         EngineType.ERROR: EngineError,
     }
 )

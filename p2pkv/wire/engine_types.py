@@ -26,13 +26,19 @@ class EngineType(enum.IntEnum):
     MATCHED = 77
     OK = 78
     AHEAD = 79
+    PREFETCH = 80
+    REPLICATE = 81
+    REPLICATED = 82
+    WARM = 83
+    WARMING = 84
     ERROR = 95
 
 
 ENGINE_PROTOCOL_MIN: Final = 1
-ENGINE_PROTOCOL_MAX: Final = 2
+ENGINE_PROTOCOL_MAX: Final = 3
 """Versions of these messages that this build speaks; ATTACH carries both and READY the highest common one. From 2 on
-the descriptors of the arena's directory may come beside READY."""
+the descriptors of the arena's directory may come beside READY; from 3 on there are PREFETCH, REPLICATE and WARM."""
+WARM_PROTOCOL: Final = 3
 
 NO_PROCESSOR: Final = 0xFFFF
 """In GET: not told."""

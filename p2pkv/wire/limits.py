@@ -14,3 +14,5 @@ TEXT_CHARS_MAX: Final = 1_024
 ERROR_FIELDS_MAX: Final = 32
 NODES_MAX: Final = 65_536
 """Rows of a MATCHED; more than a cell has nodes."""
+REPLICAS_MAX: Final = 64
+"""Nodes of one REPLICATE."""

@@ -16,7 +16,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from p2pkv.types import Layout
+from p2pkv.types import BLOCK_HASH_BYTES_MAX, Layout
 from p2pkv.wire.codec import Codec, Unpacker
 from p2pkv.wire.fields import U16, U32, U64, BlockHash, Extent, FieldNames, Hashes, Name, Text
 from p2pkv.wire.limits import KEYS_MAX
@@ -44,6 +44,10 @@ class PeerType(enum.IntEnum):
     NIXL_ENDPOINT = 15
     SUSPECT = 16
     SUSPECTED = 17
+    HOT = 18
+    HOT_KEYS = 19
+    REPLICATE = 20
+    REPLICATED = 21
     ERROR = 31
 
 
@@ -77,6 +81,8 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     features: Annotated[list[Name], Meta(max_length=32)] = []  # what it understands beyond its protocol version
 
 
+HOT_MAX: Final = 1024
+"""Blocks of one HOT_KEYS or REPLICATE."""
 SUSPECTS_MAX: Final = 64
 """Blocks of one SUSPECT: each is read once by the owner to look at it."""
 
@@ -177,6 +183,39 @@ class Suspected(msgspec.Struct, frozen=True, array_like=True):
     statuses: Annotated[bytes, Meta(max_length=SUSPECTS_MAX)]
 
 
+class Hot(msgspec.Struct, frozen=True, array_like=True):
+    """Which of its blocks the owner used last, that first, and a prefix before what follows it -> HOT_KEYS.
+
+    ``after``: a key of the answer before, to go on from; empty: from the beginning. Only to owners that understand it
+    (``Card.features``)."""
+
+    namespace: U64
+    blocks_max: U32
+    after: Annotated[bytes, Meta(max_length=BLOCK_HASH_BYTES_MAX)] = b""
+
+
+class HotKeys(msgspec.Struct, frozen=True, array_like=True):
+    """Answer to HOT. None: that was all."""
+
+    hashes: Annotated[list[BlockHash], Meta(max_length=HOT_MAX)]
+
+
+class Replicate(msgspec.Struct, frozen=True, array_like=True):
+    """The receiver is to pull these blocks, from whoever it likes, when it has nothing better to do -> REPLICATED.
+
+    Only to nodes that understand it (``Card.features``)."""
+
+    namespace: U64
+    hashes: Annotated[list[BlockHash], Meta(min_length=1, max_length=HOT_MAX)]
+
+
+class Replicated(msgspec.Struct, frozen=True, array_like=True):
+    """Answer to REPLICATE, at once: how many of them are there already, and how many it begins to pull."""
+
+    here: U32
+    begun: U32
+
+
 class PeerError(msgspec.Struct, frozen=True, array_like=True):
     """Why a request (its id) or the connection (id 0) was refused.
 
@@ -203,6 +242,10 @@ CODEC: Final = Codec(
         PeerType.NIXL_ENDPOINT: NixlEndpointReply,
         PeerType.SUSPECT: Suspect,
         PeerType.SUSPECTED: Suspected,
+        PeerType.HOT: Hot,
+        PeerType.HOT_KEYS: HotKeys,
+        PeerType.REPLICATE: Replicate,
+        PeerType.REPLICATED: Replicated,
         PeerType.ERROR: PeerError,
     }
 )

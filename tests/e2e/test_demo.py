@@ -79,13 +79,15 @@ class Demo:
 
 @pytest.mark.timeout(600)
 def test_the_demo_keeps_its_promises_shows_its_cluster_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    demo = Demo(tmp_path, "--json", "--prompts", "1", "--transport", "tcp", "--model", str(model), "--keep")
+    demo = Demo(
+        tmp_path, "--json", "--prompts", "1", "--transport", "tcp", "--model", str(model), "--keep", "--scale-out"
+    )
     try:
         demo.wait_for("Ctrl-C ends everything")
         running = demo.processes()
-        assert sum("p2pkv.cli agent" in command for command in running.values()) == 2, running
+        assert sum("p2pkv.cli agent" in command for command in running.values()) == 3, running
         shown = re.findall(r"http://\S+", demo.said())
-        assert len(shown) == 8, shown
+        assert len(shown) == 12, shown
         for url in shown:
             with urllib.request.urlopen(url, timeout=10) as response:
                 assert response.status == 200, url
@@ -103,9 +105,11 @@ def test_the_demo_keeps_its_promises_shows_its_cluster_and_leaves_nothing(model:
         "demo.pulled_share_of_full_blocks": True,
         "demo.ttft_pulled_over_recomputed": True,
         "demo.other_transport_than_asked": True,
+        "demo.warmed_share_of_full_blocks": True,
+        "demo.warmed_asked_peers_for": True,
     }
     assert outcome["ok"] is True and outcome["transport"] == "tcp"
-    assert [run["how"] for run in outcome["runs"]] == ["cold", "recomputed", "pulled"]
+    assert [run["how"] for run in outcome["runs"]] == ["cold", "recomputed", "pulled", "warmed"]
     assert code == 0
     assert not Path(folder).exists()
     deadline = time.monotonic() + GONE_S

@@ -8,7 +8,9 @@ template <Links Block::*links>
 class List {
   public:
     Block* front() const { return first_; }
+    Block* back() const { return last_; }
     static Block* after(const Block& block) { return (block.*links).after; }
+    static Block* before(const Block& block) { return (block.*links).before; }
     size_t size() const { return size_; }
 
     void push_back(Block& block) {

@@ -45,6 +45,9 @@ class Lru {
         }
         for (Block* block : in_use) order_.move_to_back(*block);
     }
+    // From the one that goes last to the one that goes first; null: there is no (further) one.
+    Block* hottest() const { return order_.back(); }
+    static Block* colder(const Block& block) { return List<&Block::order>::before(block); }
     bool enabled() const { return enabled_; }
     size_t size() const { return order_.size(); }
 

@@ -337,6 +337,35 @@ std::vector<std::string> Store::keys(uint64_t id, size_t limit) const {
     return out;
 }
 
+std::vector<std::string> Store::hot(uint64_t id, size_t limit, std::string_view after) const {
+    constexpr size_t kLookedAtPerKey = 4;
+    std::vector<std::string> out;
+    const std::lock_guard lock(mutex_);
+    const Space* space = find(id);
+    if (space == nullptr) return out;
+    const Lru& lru = space->size.lru;
+    const Block* block = lru.hottest();
+    if (!after.empty()) {
+        block = find_live(*space, after);
+        if (block != nullptr) block = Lru::colder(*block);
+    }
+    for (size_t left = kLookedAtPerKey * limit; block != nullptr && left != 0 && out.size() < limit; --left) {
+        if (block->home == space) out.emplace_back(block->key());
+        block = Lru::colder(*block);
+    }
+    return out;
+}
+
+std::string Store::count_marks(uint64_t id, std::string_view from, size_t most, double now) {
+    const std::lock_guard lock(mutex_);
+    const Space* space = find(id);
+    if (space == nullptr) return {};
+    Block* block = from.empty() ? space->listed.back() : find_live(*space, from);
+    for (; block != nullptr && most != 0; --most, block = List<&Block::listed>::before(*block))
+        if (used_unasked(*block, now)) space->size.lru.access(*block);
+    return block == nullptr ? std::string() : std::string(block->key());
+}
+
 // ---- the ownership log
 
 Events Store::take_events() {

@@ -144,6 +144,13 @@ class Store {
     size_t count(uint64_t space) const;
     // Of at most `limit` listed blocks, the oldest put first.
     std::vector<std::string> keys(uint64_t space, size_t limit) const;
+    // At most `limit` of them, the one used last first; after this one, if it is given. A prefix comes before what
+    // follows it, as that counts as used earlier. Looks at a bounded number of blocks: empty, too, where other
+    // namespaces with this slot size have all of those.
+    std::vector<std::string> hot(uint64_t space, size_t limit, std::string_view after) const;
+    // Count what engines have read by themselves as used: of `most` listed blocks, from the newest, or from before the
+    // block `from`. The key to go on from; empty: that was all.
+    std::string count_marks(uint64_t space, std::string_view from, size_t most, double now);
 
     // ---- the ownership log
 

@@ -15,7 +15,7 @@ from p2pkv.types import Layout
 from p2pkv.wire import engine
 from p2pkv.wire.engine_types import EngineType
 from p2pkv.wire.frame import BODY_BYTES_MAX, HEADER_BYTES, Frame, FrameDecoder
-from p2pkv.wire.limits import ERROR_FIELDS_MAX, KEYS_MAX, NAME_CHARS_MAX, NODES_MAX, TEXT_CHARS_MAX
+from p2pkv.wire.limits import ERROR_FIELDS_MAX, KEYS_MAX, NAME_CHARS_MAX, NODES_MAX, REPLICAS_MAX, TEXT_CHARS_MAX
 
 pytestmark = pytest.mark.deep
 
@@ -51,6 +51,11 @@ fields_by_type: dict[EngineType, tuple[st.SearchStrategy[Any], ...]] = {
     EngineType.MATCHED: (
         per_key, u32, u32, st.lists(st.builds(engine.NodeMatch, u64, u32, u32, u32, u32, u32), max_size=3),
     ),
+    EngineType.PREFETCH: (u64, keys, u32),
+    EngineType.REPLICATE: (u64, keys, st.lists(u64, min_size=1, max_size=3)),
+    EngineType.REPLICATED: (slots, slots, st.lists(st.text(max_size=99), max_size=3)),
+    EngineType.WARM: (u64, u32, st.booleans()),
+    EngineType.WARMING: (st.booleans(), st.booleans(), u32, u64, u64, u64, u64, u64, u64, u64, st.text(max_size=99)),
     EngineType.OK: (),
     EngineType.ERROR: (names, st.text(max_size=99) | st.just("x" * TEXT_CHARS_MAX), st.lists(names, max_size=3)),
 }  # fmt: skip
@@ -60,6 +65,10 @@ LARGEST: dict[EngineType, msgspec.Struct] = {
     EngineType.MATCHED: engine.Matched(
         bytes(KEYS_MAX), U32_MAX, U32_MAX, [engine.NodeMatch(U64_MAX, *[U32_MAX] * 5)] * NODES_MAX
     ),
+    EngineType.REPLICATED: engine.Replicated(
+        [U32_MAX] * REPLICAS_MAX, [U32_MAX] * REPLICAS_MAX, ["é" * TEXT_CHARS_MAX] * REPLICAS_MAX
+    ),
+    EngineType.WARMING: engine.Warming(True, True, U32_MAX, *[U64_MAX] * 7, "é" * TEXT_CHARS_MAX),
     EngineType.ERROR: engine.EngineError(
         "é" * NAME_CHARS_MAX, "é" * TEXT_CHARS_MAX, ["é" * NAME_CHARS_MAX] * ERROR_FIELDS_MAX
     ),

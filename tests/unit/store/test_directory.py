@@ -104,6 +104,24 @@ def test_what_engines_read_by_themselves_is_not_evicted_as_unused(scene: Scene) 
     assert [scene.read(key) is not None for key in KEYS[:5]] == [True, False, True, True, True]
 
 
+def test_what_engines_read_by_themselves_is_hot_once_that_is_counted_and_a_prefix_before_what_follows(
+    scene: Scene,
+) -> None:
+    chain, cold = KEYS[:2], KEYS[2:4]
+    for now, key in enumerate(chain + cold):
+        scene.put(key, float(now))
+    for key in chain:
+        assert scene.read(key) is not None
+    assert scene.store.hot(scene.namespace, 10) == cold[::-1] + chain[::-1]
+    step = b""
+    for _ in range(2):
+        step = scene.store.count_marks(scene.namespace, step, 2, 10.0)
+    assert step == b""
+    assert scene.store.hot(scene.namespace, 10) == chain + cold[::-1]
+    assert scene.store.hot(scene.namespace, 10, chain[0]) == [chain[1], *cold[::-1]]
+    assert scene.store.hot(scene.namespace, 1, cold[0]) == []
+
+
 def test_an_engine_that_marks_everything_all_the_time_cannot_fill_the_store(scene: Scene) -> None:
     marks = memoryview(scene.marks)
     for now, key in enumerate(KEYS):

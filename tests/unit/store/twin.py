@@ -138,6 +138,10 @@ class Twin:
             same(keys, self.reference.keys(namespace, 1_000_000), "keys")
             same(self.tested.count(namespace), len(keys), "count")
             same(self.tested.present(namespace, keys), b"\x01" * len(keys), "present")
+            hot = self.tested.hot(namespace, 3)
+            same(hot, self.reference.hot(namespace, 3), "hot")
+            if hot:
+                same(self.tested.hot(namespace, 2, hot[-1]), self.reference.hot(namespace, 2, hot[-1]), "hot, further")
         for block, twin in self._twins.items():
             self._same_block(block, twin)
         self._twins = {block: twin for block, twin in self._twins.items() if twin.state}  # FREE never changes again
