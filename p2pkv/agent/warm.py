@@ -114,15 +114,18 @@ class Ahead:
 
     async def _pull(self, namespace: int, keys: Sequence[bytes], deadline_s: float) -> list[Status]:
         """Fetch what is not here, in the background. What is here is OK."""
-        statuses = [Status.MISS] * len(keys)
+        present = self._service.store.present(namespace, keys)
+        statuses = [Status.OK if here else Status.MISS for here in present]
+        missing = [i for i, here in enumerate(present) if not here]
         fetcher = self._service.fetcher
-        if fetcher is None or not keys:
+        if fetcher is None or not missing:
             return statuses
 
         def on_fetched(position: int, status: Status) -> None:
-            statuses[position] = status
+            statuses[missing[position]] = status
 
-        await asyncio.wait([fetcher.fetch(namespace, keys, deadline_s, on_fetched, background=True)])
+        wanted = [keys[i] for i in missing]
+        await asyncio.wait([fetcher.fetch(namespace, wanted, deadline_s, on_fetched, background=True)])
         return statuses
 
     def _room(self, namespace: int) -> int:
