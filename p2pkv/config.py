@@ -77,6 +77,7 @@ class Peer(Section, frozen=True):
     tls_certificate: str = ""  # PEM; with key and authority: mutual TLS between agents (slower; read when they change)
     tls_key: str = ""
     tls_authority: str = ""  # whose certificates are good
+    rack: str = ""  # label: peers of the same rack are expected to be near, those of another one behind its uplink
     insecure: bool = False  # allow a non-loopback bind without a key: whoever reaches the port can join
     heartbeat_ms: int = 200  # of an idle ownership stream
     flush_ms: int = 100  # ownership changes are batched this long

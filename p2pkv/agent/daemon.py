@@ -31,7 +31,8 @@ from p2pkv.agent.sources import Sources
 from p2pkv.agent.suspicion import FEATURE as SUSPECT
 from p2pkv.agent.suspicion import Suspicion
 from p2pkv.agent.tokenizers import Tokenizers
-from p2pkv.agent.transports import Transports
+from p2pkv.agent.topology import BITS
+from p2pkv.agent.transports import Transports, has_rdma, known_link_bytes_per_s
 from p2pkv.agent.warm import Ahead
 from p2pkv.agent.worth import Worth
 from p2pkv.config import Config, parse_size
@@ -171,7 +172,16 @@ class Agent:
             settings=config.peer,
             cell=config.peer.cell,
             card=Card(
-                self.node, self.identity.epoch, Address("", 0), "", host_id(), [], ["tcp"], features=[SUSPECT, HOT]
+                self.node,
+                self.identity.epoch,
+                Address("", 0),
+                "",
+                host_id(),
+                [],
+                ["tcp"],
+                features=[SUSPECT, HOT],
+                rack=config.peer.rack,
+                link_mbps=int(known_link_bytes_per_s(config.peer.host, has_rdma()) * BITS / 1e6),
             ),
             log=self.ownership,
             index=self.index,

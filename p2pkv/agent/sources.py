@@ -12,21 +12,18 @@ import os
 import time
 from typing import Final
 
+from p2pkv.agent.topology import BITS
 from p2pkv.agent.transports import Transports, link_bytes_per_s
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.transport.base import CallOff, PullRequest
-from p2pkv.transport.estimates import STRANGER_SPREAD
 from p2pkv.transport.peers import Peers
 from p2pkv.transport.plan import Estimate, Source
+from p2pkv.transport.strangers import Place, expected
 from p2pkv.types import Status
 from p2pkv.wire.fields import Extent
 
 log = logging.getLogger(__name__)
 
-SAME_HOST_BYTES_PER_S: Final = 3e9
-"""Loopback TCP, or a one-sided read, of one processor."""
-SAME_HOST_FIRST_BYTE_S: Final = 0.0003
-ELSEWHERE_FIRST_BYTE_S: Final = 0.001
 LOOK_S: Final = 0.1
 """How often it is looked whether a peer is worth a probe; only while one is not asked."""
 PROBE_S: Final = 0.5
@@ -51,11 +48,12 @@ class Sources:
 
     def stranger(self, source: Source) -> Estimate:
         """What to expect of a source that nothing was pulled from yet."""
-        peer = self._network.peer(source.node)
-        if peer is not None and peer.card.host_id == self._network.card.host_id:
-            return Estimate(SAME_HOST_FIRST_BYTE_S, SAME_HOST_BYTES_PER_S, spread=STRANGER_SPREAD)
-        rtt_s = (peer.rtt_ms or 0.0) / 1000 if peer is not None else 0.0
-        return Estimate(max(ELSEWHERE_FIRST_BYTE_S, 2.0 * rtt_s), self.link_bytes_per_s, spread=STRANGER_SPREAD)
+        card, peer = self._network.card, self._network.peer(source.node)
+        ours = Place(card.host_id, card.rack, self.link_bytes_per_s)
+        if peer is None:
+            return expected(ours, None, rtt_s=0.0)
+        theirs = Place(peer.card.host_id, peer.card.rack, peer.card.link_mbps * 1e6 / BITS)
+        return expected(ours, theirs, rtt_s=(peer.rtt_ms or 0.0) / 1000)
 
     @property
     def not_asked(self) -> int:

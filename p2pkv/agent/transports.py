@@ -44,10 +44,15 @@ DATA_CONNECTIONS_MAX: Final = 4_096
 """Of all peers together; an idle one is a descriptor and some hundred bytes."""
 
 
-def link_bytes_per_s(host: str, rdma: bool) -> float:
-    """What this host's own link carries, as far as is known."""
+def known_link_bytes_per_s(host: str, rdma: bool) -> float:
+    """What this host's own link carries; 0: it does not say."""
     speeds = (topology.link_bytes_per_s(host), topology.rdma_bytes_per_s() if rdma else None)
-    return max((speed for speed in speeds if speed), default=UNKNOWN_LINK_BYTES_PER_S)
+    return max((speed for speed in speeds if speed), default=0.0)
+
+
+def link_bytes_per_s(host: str, rdma: bool) -> float:
+    """What this host's own link carries, or what is likely where it does not say."""
+    return known_link_bytes_per_s(host, rdma) or UNKNOWN_LINK_BYTES_PER_S
 
 
 def has_rdma() -> bool:

@@ -79,6 +79,8 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     transports: Annotated[list[Name], Meta(max_length=8)]
     instance: U64 = 0  # drawn at random at every start: tells a node from a second one that took its id and epoch
     features: Annotated[list[Name], Meta(max_length=32)] = []  # what it understands beyond its protocol version
+    rack: Name = ""  # label of what it shares its uplink with; "" = not told
+    link_mbps: U32 = 0  # of its network or RDMA ports; 0 = not known
 
 
 HOT_MAX: Final = 1024

@@ -38,7 +38,18 @@ layouts = st.builds(
 )
 addresses = st.builds(peer.Address, names, u16)
 cards = st.builds(
-    peer.Card, u64, u32, addresses, names, names, st.lists(layouts, max_size=2), st.lists(names, max_size=3), u64
+    peer.Card,
+    u64,
+    u32,
+    addresses,
+    names,
+    names,
+    st.lists(layouts, max_size=2),
+    st.lists(names, max_size=3),
+    u64,
+    st.lists(names, max_size=2),
+    names,
+    u32,
 )
 endpoints = st.builds(peer.NixlEndpoint, names, st.binary(max_size=50), u64, u64)
 tiers = st.lists(st.binary(max_size=64), max_size=5)
