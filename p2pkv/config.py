@@ -89,7 +89,7 @@ class Peer(Section, frozen=True):
     remember_s: float = 300.0  # what is known of peers is written to state_dir this often, and answers HTTP questions
     # after a restart until they are back; 0 = never
     members_max: int = 1_024
-    protocol_max: int = 3  # speak no later protocol; 2 while a cell is rolled back to the version before
+    protocol_max: int = 4  # speak no later protocol; less while a cell is rolled back to the version before
     handshake_ms: int = 2_000  # a connection that has not introduced itself by then is closed
     connections_max: int = 8_192  # accepted connections, control and data
     send_queue: str = "64MiB"  # a peer that reads slower than this much behind is disconnected
@@ -330,7 +330,7 @@ def _check_values(config: Config) -> None:
     within("peer.hold_ms", config.peer.hold_ms, 0, 10_000)
     within("peer.silence_ms", config.peer.silence_ms, 3 * config.peer.heartbeat_ms, 600_000)
     within("peer.frames_per_s", config.peer.frames_per_s, 10, 1_000_000)
-    within("peer.protocol_max", config.peer.protocol_max, 2, 3)
+    within("peer.protocol_max", config.peer.protocol_max, 2, 4)
     within("peer.purge_s", config.peer.purge_s, 1, 86_400)
     if config.peer.remember_s:
         within("peer.remember_s", config.peer.remember_s, 0.1, 3_600)

@@ -242,6 +242,7 @@ class Agent:
         self.remembered = Remembered(str(directory / FILE) if directory else "", purge_s=config.peer.purge_s)
         self.network.on_data_connection = self.transports.accept
         self.network.on_peer_change = self._on_peer_change
+        self.network.load_bytes = lambda: self.store.stats().pinned_bytes
         await self.network.start()
         exits.push_async_callback(self.network.stop)
         native = _native.Lane(

@@ -44,6 +44,7 @@ class Sources:
             on_open=self._on_open,
             on_estimate=self._tell_native,
             setup_s=transports.setup_s,
+            load_bytes=network.load_of,
         )
 
     def stranger(self, source: Source) -> Estimate:

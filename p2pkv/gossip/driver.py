@@ -89,6 +89,8 @@ class PeerNetwork:
         and bytes that were read behind HELLO (none, as the driver reads no further)."""
         self.on_peer_change: Callable[[PeerView], None] | None = None
         """Called when a peer's state, card or conflicts change, not when its log does."""
+        self.load_bytes: Callable[[], int] = lambda: 0
+        """What this node is giving to others now, for them to hear."""
         self.counters: Counter[str] = Counter()
         self._settings = settings
         self._cell = cell
@@ -281,6 +283,10 @@ class PeerNetwork:
         member = self._core.member(node_id) if self._core is not None else None
         return self._view(member, self._clock()) if member is not None else None
 
+    def load_of(self, node_id: int) -> int:
+        """Bytes that a node was giving to others when it was last heard, in whole MiB; 0 too if that is not known."""
+        return self._core.load_of(node_id, self._clock()) << 20 if self._core is not None else 0
+
     def link(self, node_id: int) -> PeerLink | None:
         """Our control connection to a node, for requests; None while there is none: see :meth:`reach`."""
         return self._control.link(node_id) if self._core is not None else None
@@ -385,6 +391,7 @@ class PeerNetwork:
         assert self._core is not None
         self._timer_at = float("inf")
         now = self._clock()
+        self._core.set_load(self.load_bytes() >> 20)
         if self._core.flush_due(now) and not self._leaving:
             for delta in self._log.poll(now, deltas_max=DELTAS_PER_FLUSH):
                 self._core.publish(delta.seq, delta.checksum, delta.keys_by_tier)

@@ -24,6 +24,7 @@ class Peers:
         on_open: called with a node whose breaker has opened.
         on_estimate: called with a source of which something has been learnt.
         setup_s: until a node can be asked; 0: now.
+        load_bytes: what a node is giving to all others and us, by its own word.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Peers:
         on_open: Callable[[int], None] = lambda node: None,
         on_estimate: Callable[[Source], None] = lambda source: None,
         setup_s: Callable[[int], float] = lambda node: 0.0,
+        load_bytes: Callable[[int], int] = lambda node: 0,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -43,13 +45,15 @@ class Peers:
         self._on_open = on_open
         self._on_estimate = on_estimate
         self._setup_s = setup_s
+        self._load_bytes = load_bytes
         self._clock = clock
 
     def estimate(self, source: Source) -> Estimate:
         """What to expect of a source now."""
         known = self.estimates.of(source, self._clock())
-        setup_s = self._setup_s(source.node)
-        return known._replace(setup_s=setup_s) if setup_s else known
+        # It gives to others, too: what was asked of it before us comes first, ours among it.
+        others_s = max(0.0, self._load_bytes(source.node) / known.bytes_per_s - known.busy_s)
+        return known._replace(setup_s=self._setup_s(source.node), busy_s=known.busy_s + others_s)
 
     def age_s(self, source: Source) -> float:
         """Since something was learnt of the source; infinite: nothing was."""

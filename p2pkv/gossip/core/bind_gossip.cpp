@@ -107,6 +107,9 @@ NB_MODULE(_gossip, m) {
       .def("set_card", [](Bound& self, double now, std::uint32_t number, const nb::bytes& card) {
              self.core->set_card(now, number, std::string(card.c_str(), card.size()));
            }, "now"_a, "number"_a, "card"_a)
+      .def("set_load", [](Bound& self, std::uint64_t mib) { self.core->set_load(mib); }, "mib"_a)
+      .def("load_of", [](const Bound& self, std::uint64_t node, double now) { return self.core->load_of(node, now); },
+           "node"_a, "now"_a)
       .def("on_seeds", [](Bound& self, double now, std::uint32_t source, const std::vector<std::string>& addresses) {
              self.core->on_seeds(now, source, addresses);
            }, "now"_a, "source"_a, "addresses"_a)

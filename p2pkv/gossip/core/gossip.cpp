@@ -234,22 +234,26 @@ void Gossip::broadcast(const Payload& payload, bool tips) {
       if (!to.empty()) targets_.push_back({protocol, std::make_shared<const std::vector<ContactId>>(std::move(to))});
     }
   }
-  Payload tipped;
-  for (const auto& target : targets_) {
-    if (target.protocol < 3 || !tips) {
-      frames.push_back({payload, target.to});
-      continue;
-    }
-    if (!tipped) {
-      Tip chosen[kTipsPerDelta];
-      // The longer until the next delta would show a loss, the more tips are worth their bytes.
-      const auto worth = static_cast<std::size_t>(flush_s() / kFlushPerTipS + 0.5);
-      const std::size_t count = std::min({recent_.size(), kTipsPerDelta, worth});
-      for (std::size_t i = 0; i < count; ++i) chosen[i] = recent_[random_.below(recent_.size())];
-      tipped = with_tips(payload, chosen, count);
-    }
-    frames.push_back({tipped, target.to});
+  Tip chosen[kTipsPerDelta];
+  std::size_t count = 0;
+  if (tips) {
+    // The longer until the next delta would show a loss, the more tips are worth their bytes.
+    const auto worth = static_cast<std::size_t>(flush_s() / kFlushPerTipS + 0.5);
+    count = std::min({recent_.size(), kTipsPerDelta, worth});
+    for (std::size_t i = 0; i < count; ++i) chosen[i] = recent_[random_.below(recent_.size())];
   }
+  for (const auto& target : targets_) {
+    if (target.protocol < 3 || !tips)
+      frames.push_back({payload, target.to});
+    else
+      frames.push_back({with_tips(payload, chosen, count, target.protocol < 4 ? std::nullopt : std::optional(load_)), target.to});
+  }
+}
+
+std::uint16_t Gossip::load_of(NodeId node, double now) const {
+  const std::uint32_t slot = slots_.find(node);
+  if (slot == 0 || !members_[slot] || now - members_[slot]->last_heard > 1.5 * heartbeat_s()) return 0;
+  return members_[slot]->load;
 }
 
 void Gossip::send(ContactId to, Payload payload) {

@@ -63,6 +63,7 @@ struct alignas(64) Member {
   bool hidden = true;
   bool knows_us = false;     // has said that it knows our present life
   std::uint8_t protocol = kProtocolMin;
+  std::uint16_t load = 0;    // MiB that it was giving to others when it was last heard
   std::uint32_t card_number = 0;
   double last_heard = 0;     // a delta of its own
   double pardon_until = 0;   // rule 7
@@ -142,6 +143,10 @@ class Gossip {
 
   // --- events
   void set_card(double now, std::uint32_t number, std::string card);
+  /// What this node is giving to others now: goes with what it says from now on. MiB; more than 65535 counts as that.
+  void set_load(std::uint64_t mib) { load_ = static_cast<std::uint16_t>(std::min<std::uint64_t>(mib, 0xFFFF)); }
+  /// What a member said that it gives to others, in MiB; 0 too if that is old, or it is not known.
+  std::uint16_t load_of(NodeId node, double now) const;
   void on_seeds(double now, std::uint32_t source, const std::vector<std::string>& addresses);
   /// `host`: the numeric address that the frame came from, as host:port.
   void on_frame(double now, const Life& from, std::string_view source, const Payload& payload);
@@ -261,6 +266,7 @@ class Gossip {
     std::shared_ptr<const std::vector<ContactId>> to;
   };
   std::vector<Targets> targets_;
+  std::uint16_t load_ = 0;
   std::vector<Tip> recent_;  // advances of others, a ring
   std::size_t recent_at_ = 0;
 

@@ -55,10 +55,11 @@ Payload encode_delta(std::uint64_t seq, std::uint64_t checksum, std::uint32_t ca
   return out.done();
 }
 
-Payload with_tips(const Payload& delta, const Tip* tips, std::size_t count) {
-  Writer out(delta->size() + 1 + count * 8);
+Payload with_tips(const Payload& delta, const Tip* tips, std::size_t count, std::optional<std::uint16_t> load) {
+  Writer out(delta->size() + 1 + count * 8 + sizeof(std::uint16_t));
   out.raw(delta->data(), delta->size()).put(static_cast<std::uint8_t>(count));
   for (std::size_t i = 0; i < count; ++i) out.put(tips[i].owner).put(tips[i].seq);
+  if (load) out.put(*load);
   return out.done();
 }
 
@@ -67,6 +68,7 @@ bool decode_body(std::string_view body, Delta& out) {
   get_delta(in, out);
   out.body = body;
   out.tip_count = 0;
+  out.load.reset();
   return get_keys<std::uint16_t>(in, out.keys, kKeysPerDelta) && in.ended();
 }
 
@@ -77,6 +79,7 @@ bool decode(std::string_view bytes, Delta& out) {
   if (!good || !get_keys<std::uint16_t>(in, out.keys, kKeysPerDelta)) return false;
   out.body = bytes.substr(1, bytes.size() - 1 - in.left());
   out.tip_count = 0;
+  out.load.reset();
   if (in.left() == 0) return true;  // protocol 2
   out.tip_count = in.get<std::uint8_t>();
   if (out.tip_count > kTipsPerDelta) return false;
@@ -84,6 +87,7 @@ bool decode(std::string_view bytes, Delta& out) {
     out.tips[i].owner = in.get<std::uint32_t>();
     out.tips[i].seq = in.get<std::uint32_t>();
   }
+  if (in.left() != 0) out.load = in.get<std::uint16_t>();  // from protocol 4
   return in.ended();
 }
 

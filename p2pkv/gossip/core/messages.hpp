@@ -18,7 +18,7 @@
 namespace p2pkv::gossip {
 
 inline constexpr std::uint8_t kProtocolMin = 2;
-inline constexpr std::uint8_t kProtocolMax = 3;  // 3: deltas carry tips
+inline constexpr std::uint8_t kProtocolMax = 4;  // 3: deltas carry tips; 4: and what the sender is busy with
 
 /// Sealed, a frame of this fits the MTU of any network that a cell is built on (1,400 bytes), tunnels included.
 inline constexpr std::size_t kFrameBytesMax = 1'350;
@@ -61,7 +61,8 @@ struct Delta {
   KeysByTier keys{};
   std::array<Tip, kTipsPerDelta> tips{};
   std::size_t tip_count = 0;
-  std::string_view body;        // all but type and tips: what a RELAY repeats
+  std::optional<std::uint16_t> load;  // MiB that the sender is giving to others now; 65535: or more
+  std::string_view body;        // all but type, tips and load: what a RELAY repeats
 
   std::size_t key_count() const {
     std::size_t n = 0;
@@ -137,10 +138,10 @@ struct CardLetter {
   std::string_view card;
 };
 
-// A delta's frame without its tips, and with them: the first is kept for those who missed it.
+// A delta's frame without its tips and load, and with them: the first is kept for those who missed it.
 Payload encode_delta(std::uint64_t seq, std::uint64_t checksum, std::uint32_t card,
                      const std::array<std::vector<std::uint64_t>, kTiers>& keys);
-Payload with_tips(const Payload& delta, const Tip* tips, std::size_t count);
+Payload with_tips(const Payload& delta, const Tip* tips, std::size_t count, std::optional<std::uint16_t> load);
 Payload encode(const Hello& hello);
 Payload encode(const Nack& nack);
 Payload encode_relay(const Life& owner, std::string_view body);

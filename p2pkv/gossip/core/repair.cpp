@@ -42,6 +42,7 @@ void Gossip::on_delta(double now, const Life& from, std::string_view source, con
   }
   member.last_heard = now;
   member.pardon_until = 0;
+  if (delta.load) member.load = *delta.load;
   if (delta.card != member.card_number && now - member.card_asked > kCardAgainS) {
     member.card_asked = now;
     letter(member.contact, encode_card_want());

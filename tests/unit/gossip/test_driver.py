@@ -369,19 +369,41 @@ async def test_connections_that_nobody_needs_are_closed_without_anybody_being_hi
     assert not (await b.net.reach(1, 5.0)).closed
 
 
-async def test_a_cell_that_speaks_two_protocols_is_one_cell(nodes: Any) -> None:
+@pytest.mark.parametrize("older", [2, 3])
+async def test_a_cell_that_speaks_two_protocols_is_one_cell(nodes: Any, older: int) -> None:
     """As during a rolling upgrade: one node does not speak the latest protocol yet."""
-    a = await nodes(1, protocol_max=2)
+    a = await nodes(1, protocol_max=older)
     b, c = await nodes(2, a), await nodes(3, a)
     for one in (a, b, c):
         one.put(range(one.node * 1_000, one.node * 1_000 + 300))
     await converged(a, b, c)
     protocols = {(r.node, m[0]): m[12] for r in (a, b, c) for m in r.net._core.members()}
-    assert protocols == {(1, 2): 2, (1, 3): 2, (2, 1): 2, (3, 1): 2, (2, 3): 3, (3, 2): 3}
+    assert protocols == {(1, 2): older, (1, 3): older, (2, 1): older, (3, 1): older, (2, 3): 4, (3, 2): 4}
     a.log.record([1_000], Tier.GONE, time.monotonic())
     c.log.record([3_000], Tier.GONE, time.monotonic())
     await c.until(lambda: 1_000 not in c.keys_of(a))
     await a.until(lambda: 3_000 not in a.keys_of(c))
+
+
+async def test_what_a_node_gives_to_others_is_heard_by_all_who_speak_of_it(nodes: Any) -> None:
+    a = await nodes(1, protocol_max=3)
+    b, c = await nodes(2, a), await nodes(3, a)
+    b.net.load_bytes = lambda: 5 << 20
+    await c.until(lambda: c.net.load_of(2) == 5 << 20)
+    b.net.load_bytes = lambda: 1 << 60
+    await c.until(lambda: c.net.load_of(2) == 0xFFFF << 20)
+    b.net.load_bytes = lambda: 0
+    await c.until(lambda: c.net.load_of(2) == 0)
+    assert a.net.load_of(2) == c.net.load_of(1) == c.net.load_of(99) == 0
+
+
+async def test_what_a_node_said_of_its_load_is_not_believed_for_long(nodes: Any) -> None:
+    a = await nodes(1)
+    b = await nodes(2, a)
+    b.net.load_bytes = lambda: 5 << 20
+    await a.until(lambda: a.net.load_of(2) == 5 << 20)
+    await b.net.stop()
+    await a.until(lambda: a.net.load_of(2) == 0)
 
 
 async def test_keys_rotate_under_load_and_no_frame_is_lost_to_it(nodes: Any, tmp_path: Any) -> None:
