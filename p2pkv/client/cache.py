@@ -109,6 +109,10 @@ class Cache:
         self._staging_lock = threading.Lock()
         self._staging: _Staging | None = None
 
+    def forget(self) -> None:
+        """The client is closed: let go of the staging memory; a put under way keeps it until it is done."""
+        self._staging = None
+
     # --- blocking ---
 
     def put(self, keys: Sequence[bytes], buffers: Sequence[Any], *, deadline_ms: int = DEADLINE_MS) -> list[bool]:

@@ -130,6 +130,10 @@ class AgentClient:
             if self._connection is not None:
                 self._connection.close()
                 self._collect_lost(self._connection)
+                self._connection = None  # its descriptors close with the last thread that is still in it
+            for cache in self._caches.values():
+                cache.forget()
+            self._caches.clear()
             for region in list(self._regions.values()):
                 region.forget()
             self._regions.clear()

@@ -101,9 +101,11 @@ class AgentProcess:
         """Wait until the agent has told its ports."""
         deadline = time.monotonic() + READY_S
         line = b""
+        told = select.poll()  # select() takes no descriptor above 1024
+        told.register(self._ready, select.POLLIN)
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
-            if not select.select([self._ready], [], [], max(0.0, left))[0]:
+            if not told.poll(max(0.0, left) * 1000):
                 raise AssertionError(f"agent {self.name} was not ready within {READY_S} s\n{self.log()}")
             piece = os.read(self._ready, 4096)
             if not piece:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
+from p2pkv.client import AgentClient
 from p2pkv.types import Status
 from p2pkv.wire import engine, peer
 from tests.cluster.agents import AgentProcess, alive_peers, eventually, make_layout, visible
@@ -30,12 +31,13 @@ def _nobody_else_notices(pair: list[AgentProcess]) -> Iterator[None]:
     a, b = pair
     assert a.alive and b.alive
     eventually(lambda: alive_peers(a) >= {b.node} and alive_peers(b) >= {a.node}, why="the agents see each other")
-    here, there = a.open(LAYOUT), b.open(LAYOUT)
     keys = new_keys(2)
-    assert here.put(keys, blocks_of(keys, LAYOUT.block_bytes)) == [True, True]
-    visible(there, keys)
-    out = [bytearray(LAYOUT.block_bytes) for _ in keys]
-    eventually(lambda: there.get_into(keys, out) == [True, True], why="the blocks are read")
+    with AgentClient(a.socket) as one, AgentClient(b.socket) as other:
+        assert one.open(LAYOUT).put(keys, blocks_of(keys, LAYOUT.block_bytes)) == [True, True]
+        there = other.open(LAYOUT)
+        visible(there, keys)
+        out = [bytearray(LAYOUT.block_bytes) for _ in keys]
+        eventually(lambda: there.get_into(keys, out) == [True, True], why="the blocks are read")
     assert out == blocks_of(keys, LAYOUT.block_bytes)
 
 

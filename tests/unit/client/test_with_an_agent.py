@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import random
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from p2pkv.client import AgentClient, Status
-from p2pkv.errors import InvalidArgument, LayoutMismatch, P2PKVError
+from p2pkv.errors import AgentUnavailable, InvalidArgument, LayoutMismatch, P2PKVError
 from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout
 from tests.cluster.blocks import block_of, blocks_of, new_keys
 
@@ -218,6 +219,32 @@ def test_eight_threads_on_one_client_do_not_get_into_each_others_way(client: Age
     region.unmap()
     memory.close()
     os.close(fd)
+
+
+def test_a_client_that_is_closed_keeps_no_descriptor_not_even_until_garbage_is_collected(agent: AgentProcess) -> None:
+    """An engine that comes and goes in one process would run out of them."""
+    keys = new_keys(2)
+    before: list[str] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            before = before or _descriptors()
+            client = AgentClient(agent.socket)
+            cache = client.open(LAYOUT)
+            assert all(cache.put(keys, blocks_of(keys, BLOCK)))
+            assert all(cache.get_into(keys, [bytearray(BLOCK), bytearray(BLOCK)]))
+            client.close()
+            assert _descriptors() == before
+        with pytest.raises(AgentUnavailable):
+            cache.match(keys)
+    finally:
+        gc.enable()
+
+
+def _descriptors() -> list[str]:
+    names = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+    return sorted(os.readlink(name) for name in names if os.path.exists(name))
 
 
 def test_threads_may_close_a_client_under_each_other(agent: AgentProcess) -> None:
