@@ -273,6 +273,21 @@ class Gets:
     copied_fd: int
     """Readable when :meth:`copied` has something; -1 without a directory."""
 
+    def load_here(
+        self,
+        namespace: int,
+        keys: Sequence[bytes],
+        slots: Sequence[int],
+        base: int,
+        slot_bytes: int,
+        slots_max: int,
+        block_bytes: int,
+    ) -> bool:
+        """Copy blocks into slots of the memory at ``base``, if all of them are in the arena, at most 64 and 4 MiB.
+
+        False: it was not so, or an argument is not as it should be (a list of bytes, and one of slots below
+        ``slots_max``); slots may have been written to."""
+
     def copy_here(
         self, job: int, namespace: int, keys: list[bytes], to: Sequence[int], block_bytes: int
     ) -> bytes | bool | None:

@@ -336,6 +336,8 @@ class Cache:
         ``pace``: what computing takes this engine. What falls behind that is given up before the deadline, the rest of
         the chain with it.
         """
+        if (job := self._client.load_now(self, keys, region, slots)) is not None:
+            return job
         _check_keys(keys, slots)
         request = Load(self.namespace, list(keys), region.number, list(slots), deadline_ms, pace.block_us, pace.more_ns)
         if slots and min(slots) >= 0 and max(slots) < region.slots and region.slot_bytes >= self.layout.block_bytes:

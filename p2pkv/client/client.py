@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 
 from p2pkv.client.cache import Cache, Region
 from p2pkv.client.connection import Connection
@@ -96,6 +97,8 @@ class AgentClient:
 
     def poll(self, timeout_ms: float = 0) -> list[JobResult]:
         """Results of jobs that have ended since the last call; waits at most ``timeout_ms`` for the first one."""
+        if not self._jobs.running and (results := self._jobs.take()):
+            return results  # nothing else is under way: no need to look at the socket
         deadline = time.monotonic() + timeout_ms / 1000
         while True:
             connection = self._connection
@@ -195,6 +198,18 @@ class AgentClient:
             self._jobs.forget(job_id)
             raise
         return job_id
+
+    def load_now(self, cache: Cache, keys: Sequence[bytes], region: Region, slots: Sequence[int]) -> int | None:
+        """A load that is done before it returns: all blocks are in the arena, and are not much. None: that is not so,
+        or an argument is not as it should be."""
+        connection = self._connection
+        memory = region.memory() if connection is not None else None
+        if connection is None or memory is None:
+            return None
+        size, base = cache.layout.block_bytes, memory.address + region.offset
+        if not connection.gets.load_here(cache.namespace, keys, slots, base, region.slot_bytes, region.slots, size):
+            return None
+        return self._jobs.done_here(len(keys), size)
 
     def load_here(self, message: Load, region: Region, block_bytes: int) -> int | None:
         """A load by threads of our own, of blocks that are all in the arena. None: they are not; ask the agent.

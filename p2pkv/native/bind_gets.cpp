@@ -133,6 +133,32 @@ nb::bytes came_of(const Copier::Done& done) {
     return nb::bytes(reinterpret_cast<const char*>(done.came.data()), done.came.size());
 }
 
+// Copy these blocks into these slots of a region at `base`, if all of them are in the arena and it is soon done. False: it was
+// not, or an argument is not as it should be; slots may have been written to.
+bool load_here(HeldGets& self, uint64_t space, nb::handle keys, nb::handle slots, uintptr_t base, uint64_t slot_bytes,
+               uint64_t slots_max, uint64_t block_bytes) {
+    if (self.copier == nullptr || !PyList_CheckExact(keys.ptr()) || !PyList_CheckExact(slots.ptr())) return false;
+    const auto count = static_cast<size_t>(PyList_GET_SIZE(keys.ptr()));
+    if (count == 0 || count > kHereMax || static_cast<size_t>(PyList_GET_SIZE(slots.ptr())) != count) return false;
+    if (count * block_bytes > Copier::kNowBytes || block_bytes > slot_bytes) return false;
+    std::array<std::string_view, kHereMax> names;
+    std::array<unsigned char*, kHereMax> to;
+    std::array<nb::object, kHereMax> held;  // another thread may change the lists meanwhile
+    for (size_t i = 0; i < count; ++i) {
+        PyObject* key = PyList_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(i));
+        const size_t slot = PyLong_AsSize_t(PyList_GET_ITEM(slots.ptr(), static_cast<Py_ssize_t>(i)));
+        if (slot >= slots_max || !PyBytes_CheckExact(key)) {
+            PyErr_Clear();
+            return false;
+        }
+        held[i] = nb::borrow(key);
+        names[i] = {PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key))};
+        to[i] = reinterpret_cast<unsigned char*>(base) + slot * slot_bytes;
+    }
+    nb::gil_scoped_release release;
+    return self.gets.lives() && self.copier->copy_now(space, names.data(), to.data(), count, block_bytes);
+}
+
 // Copy these blocks to these addresses, if all of them are in the arena. What came, or True: it goes on. None: they are not, or
 // an argument is not as it should be; nothing was done.
 nb::object copy_here(HeldGets& self, uint64_t job, uint64_t space, nb::list keys, const std::vector<uintptr_t>& to,
@@ -184,6 +210,8 @@ void bind_gets(nb::module_& m) {
              "marks"_a = nb::none())
         .def("get", get, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a, "deadline_ms"_a, "deadline"_a)
         .def("copy_here", copy_here, "job"_a, "namespace"_a, "keys"_a, "to"_a, "block_bytes"_a)
+        .def("load_here", load_here, "namespace"_a, "keys"_a, "slots"_a, "base"_a, "slot_bytes"_a, "slots_max"_a,
+             "block_bytes"_a)
         .def("copied", copied)
         .def_prop_ro("copied_fd", [](const HeldGets& self) { return self.copier == nullptr ? -1 : self.copier->fd(); })
         .def(

@@ -36,6 +36,20 @@ std::optional<Copier::Done> Copier::submit(uint64_t id, uint64_t space, std::vec
     return std::nullopt;
 }
 
+bool Copier::copy_now(uint64_t space, const std::string_view* keys, unsigned char* const* to, size_t count,
+                      uint64_t block_bytes) {
+    {
+        std::lock_guard lock(mutex_);
+        ++unfinished_;
+    }
+    bool good = true;
+    for (size_t i = 0; good && i < count; ++i) good = reader_.has(space, keys[i], block_bytes);
+    for (size_t i = count; good && i-- > 0;) good = reader_.copy(space, keys[i], to[i], block_bytes, false);
+    std::lock_guard lock(mutex_);
+    one_less();
+    return good;
+}
+
 bool Copier::copy(const Job& job, size_t index) const {
     const bool away = job.items.size() * job.block_bytes > kNowBytes;  // so much does not stay in a cache anyway
     return reader_.copy(job.space, job.items[index].key, job.items[index].to, job.block_bytes, away);

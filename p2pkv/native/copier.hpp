@@ -6,6 +6,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -37,6 +38,8 @@ class Copier {
     // Up to kNowBytes are copied here, and returned as done; more by the threads, and comes out of drain(). Thread-safe. What
     // `to` points to has to stay until then, or until call_off() has returned.
     std::optional<Done> submit(uint64_t job, uint64_t space, std::vector<Item> items, uint64_t block_bytes);
+    // Likewise, for at most kNowBytes, without a job: the last block first, until one does not come. False: one did not.
+    bool copy_now(uint64_t space, const std::string_view* keys, unsigned char* const* to, size_t count, uint64_t block_bytes);
     std::vector<Done> drain() { return completions_.drain(); }
     // Give up what is not begun, and wait for what is: a block per thread. All jobs come out of drain() then.
     void call_off();
