@@ -80,6 +80,17 @@ $(VENV)/.stamp-nixl: requirements/nixl.txt $(VENV)/.stamp-tools
 	@$(PIP) install --no-deps --only-binary :all: -r requirements/nixl.txt
 	@touch $@
 
+.PHONY: rivals
+rivals: $(VENV)/.stamp-rivals ## add what `p2pkv bench fetch --rival` measures beside p2pkv to .venv
+
+# Not what they declare: that is CUDA's torch once more, and servers that are not run.
+$(VENV)/.stamp-rivals: requirements/rivals.txt $(VENV)/.stamp-nixl
+	@echo "setup: installing rivals to measure (requirements/rivals.txt)"
+	@$(PIP) install --no-deps --only-binary :all: -r requirements/rivals.txt
+	@$(BIN)/python -c "import mooncake.store" 2>/dev/null || \
+	  echo "warning: Mooncake does not load here: it needs libibverbs.so.1 (apt-get install libibverbs1)" >&2
+	@touch $@
+
 # Where no wheel of NIXL exists (another CPU, another libc), its tests are skipped, loudly.
 .PHONY: nixl-if-there
 nixl-if-there: setup

@@ -24,6 +24,24 @@ INTRO = """# Benchmarks
 Written by `make bench` from what `p2pkv bench NAME --json` printed. Every figure of a run is taken beside its limit
 (memcpy, raw TCP, raw NIXL), **interleaved in that run**, because machines differ and shared machines differ from minute
 to minute: compare ratios, and microseconds only within one table. What each bench does is in `benchmarks/README.md`.
+
+## Beside others
+
+`fetch` can run another system's get in the same rounds, where its wheel is installed:
+
+```console
+$ make rivals                                        # into .venv: the versions of requirements/rivals.txt
+$ sudo apt-get install libibverbs1                   # Mooncake's wheel loads it, for tcp too
+$ p2pkv bench fetch --transport tcp --rival mooncake
+$ p2pkv bench fetch --transport nixl --rival kvcr    # or both transports, and --rival mooncake,kvcr
+```
+
+A rival is a holder and a reader, in processes of their own, with the same blocks in the same ring, checked the same
+way; its row is named after it, and our rows say in `over` what they are of it. `mooncake` is Mooncake Store's
+`get_into` over TCP (several blocks: `batch_get_into`), as its wheel comes; over it there are claims, of single gets.
+`kvcr` is KVCR's `deliver` from a holder's DRAM tier over NIXL, its router's hint given before. KVCR's processes keep a
+core busy while they wait: they stand still between their turns, and each get that counts follows one that does not.
+Both listen on every interface while they run: not for a host that strangers can reach.
 """
 
 

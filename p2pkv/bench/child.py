@@ -51,6 +51,10 @@ class Child:
         """Its process id."""
         return self._process.pid
 
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        self._process.send_signal(number)
+
     def ask(self, line: str) -> str:
         """Send a line and wait for the answer."""
         self.tell(line)

@@ -1,5 +1,7 @@
 """``p2pkv bench fetch``: what a get from a peer takes, beside memcpy, raw TCP and raw NIXL of the same bytes.
 
+With ``--rival`` beside another system's get, too (:mod:`p2pkv.bench.rivals`).
+
 Two agents and this process, which is the engine: it puts blocks at the owner and gets them at the reader, either way
 that an engine has: ``get_into`` its own buffer, or ``load`` into a region that the agent writes to.
 
@@ -13,6 +15,7 @@ that an engine has: ``get_into`` its own buffer, or ``load`` into a region that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import mmap
 import os
@@ -23,13 +26,15 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from p2pkv.bench import raw_nixl, report
+from p2pkv.bench import raw_nixl, report, rivals
 from p2pkv.bench.agents import AgentProcess, Fleet, fleet, layout_of, put_all, wait_remote
 from p2pkv.bench.memcpy import Memcpy
 from p2pkv.bench.progress import Progress
 from p2pkv.bench.raw_nixl import RawNixl
 from p2pkv.bench.raw_tcp import RawTcp
-from p2pkv.bench.report import Claim, Report, Times, at_least, at_most, ratio
+from p2pkv.bench.report import Claim, Report, Times, at_least, at_most, below, ratio
+from p2pkv.bench.rival_child import Shape
+from p2pkv.bench.rivals import RIVALS
 from p2pkv.client import AgentClient, Cache
 from p2pkv.errors import IntegrityError, InvalidArgument, P2PKVError, TransportUnavailable
 
@@ -37,7 +42,7 @@ MIB: Final = 1 << 20
 KIB: Final = 1 << 10
 TRANSPORTS: Final = ("tcp", "nixl")
 OURS: Final = ("get_into", "load")
-"""The two ways; everything else that is measured is a limit."""
+"""The two ways; everything else that is measured is a limit, or a rival."""
 DEADLINE_MS: Final = 10_000
 ROUNDS: Final = 300
 ROUNDS_QUICK: Final = 40
@@ -122,22 +127,34 @@ LOCAL_64K_US: Final = 100.0
 """A load of a block that is here, of 64 KiB."""
 
 
-def run(*, transports: Sequence[str] = (), quick: bool = False, progress: Progress | None = None) -> Report:
+def run(
+    *,
+    transports: Sequence[str] = (),
+    rival: Sequence[str] = (),
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> Report:
     """Measure.
 
     Args:
         transports: of :data:`TRANSPORTS`; empty = those that this host has.
+        rival: of :data:`p2pkv.bench.rivals.RIVALS`: these too, each beside the transport that it is like.
         quick: fewer samples.
 
     Raises:
-        InvalidArgument: no such transport. TransportUnavailable: it is not installed.
+        InvalidArgument: no such transport or rival. TransportUnavailable: it is not installed.
+        Unavailable: a rival is not installed, or does not run here.
         IntegrityError: a get delivered bytes that are not the block's.
     """
     progress = progress or Progress()
     rows: list[Times] = []
-    for transport in choose(transports, progress):
+    chosen = choose(transports, progress)
+    beside = rivals.choose(rival, chosen)
+    for name in beside:
+        progress.say(f"fetch: beside {rivals.version(name)}")
+    for transport in chosen:
         for phase in PHASES:
-            rows += measure(phase, transport, ROUNDS_QUICK if quick else ROUNDS, progress)
+            rows += measure(phase, transport, ROUNDS_QUICK if quick else ROUNDS, progress, beside)
     return report.make_report("fetch", rows, claims_of(rows))
 
 
@@ -175,11 +192,16 @@ def claims_of(rows: Sequence[Times]) -> list[Claim]:
         claims.append(
             at_most("fetch.tcp.64KiB.local.load", local_us, LOCAL_64K_US, "us", "p50 of a load, to its result")
         )
+    for rival in sorted({row.way for row in rows} & RIVALS.keys()):
+        transport, what = RIVALS[rival].transport, f"get_into's p50 over that of {RIVALS[rival].call}, interleaved"
+        for case in RIVALS[rival].faster:
+            times = ratio(middles.get((transport, case, "get_into")), middles.get((transport, case, rival)))
+            claims.append(below(f"fetch.{transport}.{case}.over_{rival}", times, 1.0, "x", what))
     return claims
 
 
-def measure(phase: Phase, transport: str, rounds: int, progress: Progress) -> list[Times]:
-    """All cases of one block size over one transport."""
+def measure(phase: Phase, transport: str, rounds: int, progress: Progress, beside: Sequence[str] = ()) -> list[Times]:
+    """All cases of one block size over one transport; ``beside``: the rivals that run here."""
     with contextlib.ExitStack() as exits:
         what = f"{transport}, blocks of {phase.block_bytes >> 10} KiB"
         progress.say(f"fetch: {what}")
@@ -188,6 +210,12 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress) -> li
         memcpy = Memcpy(batch_bytes)
         tcp = exits.enter_context(RawTcp(batch_bytes))
         nixl = exits.enter_context(RawNixl(batch_bytes)) if transport == "nixl" else None
+        shape = Shape(phase.block_bytes, phase.ring_blocks, bench.batch)
+        others = {
+            name: exits.enter_context(RIVALS[name].start(shape))
+            for name in beside
+            if RIVALS[name].transport == transport
+        }
 
         def ways(case: Case) -> dict[str, Callable[[], float | None]]:
             buffers = bench.buffers[: case.blocks]
@@ -200,6 +228,7 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress) -> li
                 out["raw_tcp"] = lambda: tcp.read(buffers)
                 if nixl is not None:
                     out["raw_nixl"] = lambda: nixl.read(case.blocks, phase.block_bytes)
+                out |= {name: functools.partial(other.read, case.blocks) for name, other in others.items()}
             return out
 
         turns = [(case, way, call) for case in phase.cases for way, call in ways(case).items()]
@@ -254,7 +283,7 @@ def interleave(turns: Sequence[Turn], rounds: int, what: str, progress: Progress
 
 
 def rows_of(case: Case, phase: Phase, transport: str, samples: dict[tuple[str, str], Samples]) -> list[Times]:
-    """The rows of one case: first the limits, then each way with what it is over."""
+    """The rows of one case: first the limits and rivals, then each way with what it is over."""
     mine = {way: sample for (name, way), sample in samples.items() if name == case.name}
     limits = {way: sample.seconds for way, sample in mine.items() if way not in OURS}
     return [

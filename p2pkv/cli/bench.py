@@ -37,6 +37,7 @@ def finish(report: Report, *, json: bool, check: bool) -> None:
 @app.command()
 def fetch(
     transport: Annotated[str, typer.Option(help="tcp, nixl or tcp,nixl; default: what is installed.")] = "",
+    rival: Annotated[str, typer.Option(help="mooncake, kvcr or mooncake,kvcr: beside these too (make rivals).")] = "",
     quick: Quick = False,
     json: Json = False,
     check: Check = False,
@@ -44,8 +45,11 @@ def fetch(
     """A get from a peer, beside memcpy, raw TCP and raw NIXL of the same bytes."""
     from p2pkv.bench import fetch as bench
 
-    asked = [name.strip() for name in transport.split(",") if name.strip()]
-    finish(bench.run(transports=asked, quick=quick), json=json, check=check)
+    finish(bench.run(transports=_names(transport), rival=_names(rival), quick=quick), json=json, check=check)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @app.command()
