@@ -37,11 +37,12 @@ $ p2pkv bench fetch --transport nixl --rival kvcr    # or both transports, and -
 ```
 
 A rival is a holder and a reader, in processes of their own, with the same blocks in the same ring, checked the same
-way; its row is named after it, and our rows say in `over` what they are of it. `mooncake` is Mooncake Store's
-`get_into` over TCP (several blocks: `batch_get_into`), as its wheel comes; over it there are claims, of single gets.
-`kvcr` is KVCR's `deliver` from a holder's DRAM tier over NIXL, its router's hint given before. KVCR's processes keep a
-core busy while they wait: they stand still between their turns, and each get that counts follows one that does not.
-Both listen on every interface while they run: not for a host that strangers can reach.
+way; its row is named after it, and our rows say in `over` what they are of it. Each get of a rival that counts follows
+one that does not, which ours do not have. `mooncake` is Mooncake Store's `get_into` over TCP (several blocks:
+`batch_get_into`), as its wheel comes; over it there are claims, of single gets. `kvcr` is KVCR's `deliver` from a
+holder's DRAM tier over NIXL, its router's hint given before. KVCR's processes keep a core busy while they wait, so
+they stand still between their turns. What follows a rival's turn finds colder caches: for ours against the limits, take
+a run without rivals. Both listen on every interface while they run: not for a host that strangers can reach.
 """
 
 

@@ -6,7 +6,7 @@ the reader looks for the result as often as it can without keeping the interpret
 is ``deliver`` until ``poll_completed`` has its result. It runs over the NIXL that is installed, with KVCR's options.
 
 Both processes keep most of a core busy while they wait (NIXL's progress thread), which would be measured in everything
-else. So they are stopped between gets, and each get that counts follows one that does not.
+else. So they are stopped between gets.
 
 NIXL's metadata listener, which KVCR switches on, listens on every interface while this runs.
 """
@@ -64,11 +64,9 @@ class Kvcr:
 
     def read(self, blocks: int) -> float | None:
         """See :class:`p2pkv.bench.rivals.Rival`."""
-        reader = self._children[-1]
         self._signal(signal.SIGCONT)
         try:
-            seconds_of(NAME, reader.ask("1"))
-            return seconds_of(NAME, reader.ask(str(blocks)))
+            return seconds_of(NAME, self._children[-1].ask(str(blocks)))
         finally:
             self._signal(signal.SIGSTOP)
 
