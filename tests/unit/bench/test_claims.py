@@ -27,8 +27,9 @@ def test_fetch_claims_are_of_a_way_over_the_limit_of_the_same_case_and_transport
         _row("tcp", "64x1MiB", "raw_tcp", 0.9),
         _row("tcp", "64x1MiB", "get_into", 1.0),
         _row("tcp", "1MiB.local", "memcpy", 1.0),
+        _row("tcp", "1MiB.local", "memcpy_region", 2.0),
         _row("tcp", "1MiB.local", "get_into", 1.25),
-        _row("tcp", "1MiB.local", "load", 0.8),
+        _row("tcp", "1MiB.local", "load", 1.6),
         _row("tcp", "64KiB.local", "load", 99e-6),
     ]
     claims = {claim.id: claim for claim in fetch.claims_of(rows) if claim.value is not None}
@@ -37,7 +38,7 @@ def test_fetch_claims_are_of_a_way_over_the_limit_of_the_same_case_and_transport
         "fetch.tcp.4MiB.over_raw_tcp": (1.4, False),
         "fetch.tcp.64x1MiB.of_raw_tcp": (0.9, True),
         "fetch.tcp.1MiB.local.of_memcpy": (0.8, False),
-        "fetch.tcp.1MiB.local.load.of_memcpy": (1.25, True),
+        "fetch.tcp.1MiB.local.load.of_memcpy_region": (1.25, True),
         "fetch.tcp.64KiB.local.load": (99.0, True),
     }
 
