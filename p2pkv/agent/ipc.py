@@ -23,7 +23,7 @@ from typing import Any, Final
 import msgspec
 
 from p2pkv.agent.lane import EngineLane, Port, Rest
-from p2pkv.agent.regions import MappedRegion
+from p2pkv.agent.regions import DESCRIPTORS_HINT, MappedRegion
 from p2pkv.agent.service import CacheService, Ready
 from p2pkv.agent.warm import Ahead
 from p2pkv.errors import Busy, ConfigError, InvalidArgument, LayoutMismatch, P2PKVError, RemoteProtocolError
@@ -66,6 +66,9 @@ SEND_QUEUE_BYTES_MAX: Final = 16 << 20
 DEADLINE_MS_MAX: Final = 600_000
 DIRECTORY_PROTOCOL: Final = 2
 """From this version on an engine takes the arena's directory."""
+
+ACCEPT_PAUSE_S: Final = 0.1
+"""After a failed accept (out of descriptors): trying again at once would spin."""
 
 _ids = itertools.count(1)
 
@@ -123,7 +126,7 @@ class EngineServer:
                 hint="Set engine.socket (or P2PKV_SOCKET) to a path of at most 107 bytes that this user may create.",
             ) from error
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
+        self._accept_more()
 
     @staticmethod
     def _remove_stale(path: Path) -> None:
@@ -147,6 +150,10 @@ class EngineServer:
             hint="Give each agent an engine.socket of its own.",
         )
 
+    def _accept_more(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+
     def _accept(self) -> None:
         assert self._listener is not None
         try:
@@ -154,7 +161,10 @@ class EngineServer:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            log.error("cannot accept an engine: %s", error)  # out of descriptors: the next attempt may succeed
+            log.error("cannot accept an engine: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener.fileno())
+            loop.call_later(ACCEPT_PAUSE_S, self._accept_more)
             return
         sock.setblocking(False)
         if len(self.connections) >= self._connections_max:
@@ -197,6 +207,7 @@ class EngineConnection:
         self._loop = asyncio.get_running_loop()
         self._decoder = FrameDecoder()
         self._fds: deque[int] = deque()
+        self._fds_lost = False  # with the beginning of a frame came descriptors that this process had no room for
         self._out = bytearray()
         self._tasks: set[asyncio.Task[None]] = set()
         self._layouts: dict[int, Layout] = {}
@@ -277,12 +288,14 @@ class EngineConnection:
 
     def _on_readable(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._sock, RECV_BYTES, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+            data, fds, flags, _ = socket.recv_fds(self._sock, RECV_BYTES, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data, fds = b"", []
+            data, fds, flags = b"", [], 0
         self._fds.extend(fds)
+        if flags & socket.MSG_CTRUNC:
+            self._fds_lost = True
         if not data:
             self.close()
             return
@@ -297,6 +310,8 @@ class EngineConnection:
             self._send_error(0, "protocol", str(error))
             self.close()
             return
+        if not self._decoder.pending_bytes:
+            self._fds_lost = False
         # Descriptors that no MAP_REGION asked for. One that came with the beginning of a frame may still be asked for.
         while len(self._fds) > (1 if self._decoder.pending_bytes else 0):
             os.close(self._fds.popleft())
@@ -351,15 +366,18 @@ class EngineConnection:
             service.arena.capacity_bytes,
             int(service.lease_ttl_s * 1000),
         )
-        ours, theirs = socket.socketpair()  # close-on-exec by default
-        ours.setblocking(False)
-        descriptors = [service.arena.readonly_fd(), theirs.detach()]
-        if protocol >= DIRECTORY_PROTOCOL and self._server.directory is not None:
-            descriptors += self._server.directory.descriptors()
-        self._server.lane.open(self.id, ours.detach(), Port(self._on_rest, self._on_lane_gone))
+        descriptors: list[int] = []
         try:
+            descriptors.append(service.arena.readonly_fd())
+            if protocol >= DIRECTORY_PROTOCOL and self._server.directory is not None:
+                descriptors += self._server.directory.descriptors()
+            ours, theirs = socket.socketpair()  # close-on-exec by default
+            ours.setblocking(False)
+            descriptors.insert(1, theirs.detach())
+            self._server.lane.open(self.id, ours.detach(), Port(self._on_rest, self._on_lane_gone))
             socket.send_fds(self._sock, [CODEC.encode(ready, request_id)], descriptors)
-        except OSError:
+        except OSError as error:
+            log.warning("engine %s is disconnected: %s", self.name, error)  # gone, or this agent is out of descriptors
             self.close()
         finally:
             for descriptor in descriptors:
@@ -376,6 +394,8 @@ class EngineConnection:
 
     def _on_map(self, message: MapRegion, request_id: int) -> None:
         if not self._fds:
+            if self._fds_lost:
+                raise Busy("the agent is out of descriptors", hint=DESCRIPTORS_HINT)
             raise InvalidArgument("MAP_REGION came without a descriptor")
         fd = self._fds.popleft()
         try:

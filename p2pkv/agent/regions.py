@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 import os
 import stat
 from collections.abc import Sequence
+from typing import Final
 
 from p2pkv import _native
-from p2pkv.errors import InvalidArgument
+from p2pkv.errors import Busy, InvalidArgument
 from p2pkv.wire.engine import MapRegion
+
+DESCRIPTORS_HINT: Final = "Raise its limit: ulimit -n; LimitNOFILE= for systemd."
 
 
 class MappedRegion:
@@ -21,6 +25,7 @@ class MappedRegion:
 
         Raises:
             InvalidArgument: not shared memory, or smaller than it says.
+            Busy: this process is out of descriptors.
         """
         self.slots = request.slots
         self.slot_bytes = request.slot_bytes
@@ -40,6 +45,8 @@ class MappedRegion:
         try:
             self._map: mmap.mmap | None = mmap.mmap(fd, length, offset=request.offset)
         except (OSError, ValueError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):  # a mapping keeps one
+                raise Busy("the agent is out of descriptors", hint=DESCRIPTORS_HINT) from error
             raise InvalidArgument("a region cannot be mapped for reading and writing", reason=error) from error
         self._address = _native.address_of(self._map)
         self._users = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from p2pkv.agent.regions import MappedRegion
-from p2pkv.errors import InvalidArgument
+from p2pkv.errors import Busy, InvalidArgument
 from p2pkv.wire.engine import MapRegion
 
 SLOT = 4096
@@ -77,3 +78,16 @@ async def test_closing_waits_for_the_jobs_that_use_it_and_takes_no_new_ones(memo
             region.addresses([0])
     await asyncio.wait_for(closing, 5)
     await region.close()
+
+
+def test_that_the_agent_is_out_of_descriptors_is_not_the_engines_fault(
+    memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is told INVALID gives its agent up for good."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("p2pkv.agent.regions.mmap.mmap", fail)
+    with pytest.raises(Busy):
+        MappedRegion(memory, MapRegion(1, 0, SLOT, SLOTS))
