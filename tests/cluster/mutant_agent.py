@@ -3,6 +3,9 @@
     python mutant_agent.py no-hold,no-check --socket ...
 
 ``no-hold``: a lease does not keep its blocks in their slots. ``no-check``: blocks that fail their checksum are taken.
+
+Owners that lie about leases over NIXL: ``boast``: every lease is said to last an hour, and to have held when it is given
+back. ``wrong-places``: each block is said to lie where another one does. ``no-places``: beyond the arena.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from p2pkv.cli import main
 from p2pkv.store.dram import DramStore
 from p2pkv.transport.base import PullRequest, PullResult
 from p2pkv.transport.nixl import NixlTransport
 from p2pkv.transport.tcp import TcpTransport
 from p2pkv.types import Status
+from p2pkv.wire.fields import Extent
+from p2pkv.wire.peer import Pin, Pinned, Release, Released
 
 
 def no_hold() -> None:
@@ -55,7 +62,35 @@ def no_check() -> None:
         transport.pull = pull  # type: ignore[method-assign, assignment]
 
 
-MUTATIONS = {"no-hold": no_hold, "no-check": no_check}
+def lie(change: Callable[[Pinned], Pinned]) -> None:
+    """What an owner says about a lease is changed before it is sent."""
+    pin, release = NixlTransport._on_pin, NixlTransport._on_release
+
+    def on_pin(self: NixlTransport, asker: Any, asked: Pin) -> Pinned:
+        return change(pin(self, asker, asked))
+
+    def on_release(self: NixlTransport, asker: Any, asked: Release) -> Released:
+        release(self, asker, asked)
+        return Released(True)
+
+    NixlTransport._on_pin = on_pin  # type: ignore[method-assign]
+    NixlTransport._on_release = on_release  # type: ignore[method-assign]
+
+
+def moved(pinned: Pinned, by: int) -> Pinned:
+    """Each block where the next one is (``by`` 0), or so many bytes further on."""
+    places = pinned.extents
+    elsewhere = [Extent(e.offset + by, e.length) for e in places] if by else [*places[1:], *places[:1]]
+    return replace(pinned, extents=elsewhere)
+
+
+MUTATIONS: dict[str, Callable[[], None]] = {
+    "no-hold": no_hold,
+    "no-check": no_check,
+    "boast": lambda: lie(lambda pinned: replace(pinned, ttl_ms=3_600_000)),
+    "wrong-places": lambda: lie(lambda pinned: moved(pinned, 0)),
+    "no-places": lambda: lie(lambda pinned: moved(pinned, 1 << 40)),
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1].split(","):

@@ -62,6 +62,11 @@ class Proxy:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def passed(self) -> int:
+        """Bytes of the owner's data stream that has the most."""
+        return max((flow.passed for flow in list(self._flows) if flow.from_owner and flow.data), default=0)
+
     def let_go(self) -> None:
         """Pass on what was held back."""
         self.hold_after = None

@@ -45,10 +45,10 @@ MUTANT = str(Path(__file__).with_name("mutant_agent.py"))
 def held_up(kind: str, reader: AgentProcess, proxy: Proxy) -> Iterator[Callable[[], object]]:
     """Keep the bytes of the next pull from arriving. Gives what waits until the owner has pinned and is held up.
 
-    tcp: the proxy passes the first 100 kB on. nixl: the reader's NIXL process, which does the reading, stands still.
+    tcp: the proxy passes another 100 kB on. nixl: the reader's NIXL process, which does the reading, stands still.
     """
     if kind == "tcp":
-        proxy.hold_after = 100_000
+        proxy.hold_after = proxy.passed + 100_000
         try:
             yield lambda: proxy.holding.wait(10)
         finally:

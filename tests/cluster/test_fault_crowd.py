@@ -1,0 +1,83 @@
+"""Sixty-four engines want the same prefix at the same moment."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from p2pkv.client import AgentClient
+from p2pkv.client.cache import Cache
+from p2pkv.types import Status
+from tests.cluster.agents import AgentProcess, Cluster, eventually, visible
+from tests.cluster.blocks import blocks_of, new_keys
+from tests.cluster.test_peer_faults import SMALL, put
+from tests.cluster.transports import NIXL, NIXL_TCP, TCP, options
+
+pytestmark = [pytest.mark.cluster]
+
+CROWD = 64
+BLOCKS = 24
+DEADLINE_S = 20.0
+
+
+@pytest.fixture
+def clients() -> Iterator[list[AgentClient]]:
+    made: list[AgentClient] = []
+    yield made
+    for client in made:
+        client.close()
+
+
+def crowd_of(agent: AgentProcess, clients: list[AgentClient]) -> list[Cache]:
+    clients += [AgentClient(agent.socket) for _ in range(CROWD)]
+    return [client.open(SMALL, deadline_ms=10_000) for client in clients]
+
+
+def ask_at_once(caches: list[Cache], keys: list[bytes]) -> list[tuple[list[Status], list[bytearray]]]:
+    """All get all, having waited for each other."""
+    together = threading.Barrier(len(caches))
+
+    def ask(cache: Cache) -> tuple[list[Status], list[bytearray]]:
+        out = [bytearray(SMALL.block_bytes) for _ in keys]
+        together.wait(30.0)
+        return cache.get_statuses(keys, out, int(DEADLINE_S * 1000)), out
+
+    with ThreadPoolExecutor(len(caches)) as threads:
+        running = [threads.submit(ask, cache) for cache in caches]
+        return [asking.result(DEADLINE_S / 2) for asking in running]
+
+
+@pytest.mark.parametrize("kind", [TCP, NIXL])
+def test_sixty_four_gets_of_one_prefix_pull_it_once(cluster: Cluster, clients: list[AgentClient], kind: str) -> None:
+    """Single flight: without it the holders would send up to 64 times as much."""
+    reader, *holders = cluster.start(3, **options(kind))
+    cluster.connected()
+    keys = new_keys(BLOCKS)
+    for holder in holders:
+        assert all(holder.open(SMALL).put(keys, blocks_of(keys, SMALL.block_bytes)))
+    caches = crowd_of(reader, clients)
+    eventually(lambda: len(caches[0].match(keys).nodes) == 2, why="both holders are known")
+    right = blocks_of(keys, SMALL.block_bytes)
+    for statuses, out in ask_at_once(caches, keys):
+        assert statuses == [Status.OK] * BLOCKS
+        assert out == right
+    assert reader.metric("p2pkv_pulled_blocks_total") == BLOCKS
+
+
+@pytest.mark.parametrize("kind", [TCP, NIXL_TCP])
+def test_sixty_four_gets_from_a_holder_that_stands_still_wait_for_it_together(
+    cluster: Cluster, clients: list[AgentClient], kind: str
+) -> None:
+    """Those that joined a pull do not each try again when it fails: 64 waits in a row would take half a minute."""
+    reader, holder = cluster.start(2, **options(kind))
+    cluster.connected()
+    keys = put(holder, SMALL, BLOCKS)
+    caches = crowd_of(reader, clients)
+    visible(caches[0], keys)
+    holder.stop_tree()
+    for statuses, _ in ask_at_once(caches, keys):
+        assert Status.OK not in statuses
+    holder.continue_tree()

@@ -1,0 +1,39 @@
+"""A source that has evicted what its peers still believe it has: misses at once, and no reason not to ask it for more."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2pkv.types import Status
+from tests.cluster.agents import Cluster, eventually, visible
+from tests.cluster.test_peer_faults import MIB, SLACK_S, Read, put
+from tests.cluster.transports import NIXL, TCP, options
+
+pytestmark = [pytest.mark.cluster]
+
+ROUNDS = 5
+
+
+@pytest.mark.parametrize("kind", [TCP, NIXL])
+def test_what_was_promised_and_evicted_is_a_miss_and_the_peer_is_asked_again(cluster: Cluster, kind: str) -> None:
+    """The owner tells of changes a second late. Were a miss a failure, three such reads would open its breaker."""
+    [owner] = cluster.start(1, capacity="24MiB", **options(kind, **{"peer.flush_ms": 1_000}))
+    [reader] = cluster.start(1, seeds=(owner.address,), **options(kind))
+    cluster.connected()
+    mine, cache = owner.open(MIB), reader.open(MIB)
+    missed = 0
+    for _ in range(ROUNDS):
+        keys = put(owner, MIB, 8)
+        visible(cache, keys)
+        while "local" in mine.match(keys).present:
+            put(owner, MIB, 4)
+        believed = cache.match(keys).anywhere
+        read = Read(cache, keys, 10_000)
+        assert read.end() == 0 and set(read.statuses) == {Status.MISS}
+        assert read.seconds < SLACK_S
+        missed += believed > 0
+    assert missed, "the reader heard of every eviction at once"
+    last = put(owner, MIB, 4)
+    visible(cache, last)
+    assert Read(cache, last, 10_000).end() == 4
+    eventually(lambda: reader.metric("p2pkv_pull_missing_blocks_total") > 0, why="misses are counted")
