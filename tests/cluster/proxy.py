@@ -1,5 +1,5 @@
-"""A proxy in front of one agent's peer port. Of TCP it can flip a byte, hold bytes back, or cut, where a test says so;
-UDP passes as it is.
+"""A proxy in front of one agent's peer port. Of TCP it can flip a byte, hold bytes back, cut, or be slow, where a test
+says so; UDP passes as it is. Or nothing passes at all, of either.
 
 The agent behind it has to advertise the proxy's address (``peer.advertise``), so the proxy is there first and learns
 its target later. One thread; connections are told apart by the role in their HELLO: faults apply to data connections.
@@ -11,9 +11,11 @@ import contextlib
 import selectors
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 
 PIECE_BYTES = 65_536
+TICK_S = 0.005
 
 
 @dataclass
@@ -35,13 +37,16 @@ class Proxy:
 
     ``flip_at``: this byte (counted from the first one of an owner's data stream) gets a bit flipped, once per
     connection. ``hold_after``: nothing of an owner's data stream goes further than this many bytes until
-    :meth:`let_go`. ``cut_after``: data connections are closed there.
+    :meth:`let_go`. ``cut_after``: data connections are closed there. ``rate``: bytes a second of owners' data streams,
+    all together.
     """
 
     def __init__(self) -> None:
         self.flip_at: int | None = None
         self.hold_after: int | None = None
         self.cut_after: int | None = None
+        self.rate: int | None = None
+        self.parted = False
         self.flipped = 0
         self.cut = 0
         self.holding = threading.Event()
@@ -56,6 +61,8 @@ class Proxy:
         self._wake_end, self._woken = socket.socketpair()
         self._stopping = False
         self._flows: list[_Flow] = []
+        self._allowance = 0.0  # bytes that may pass now
+        self._allowed_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="test-proxy", daemon=True)
 
     @property
@@ -70,6 +77,15 @@ class Proxy:
     def let_go(self) -> None:
         """Pass on what was held back."""
         self.hold_after = None
+        self._wake_end.send(b"x")
+
+    def part(self) -> None:
+        """Pass nothing on, in neither direction, as if a cable had been cut: nothing is closed, and nobody is told."""
+        self.parted = True
+
+    def heal(self) -> None:
+        """End :meth:`part`: what TCP has to say arrives late, datagrams do not."""
+        self.parted = False
         self._wake_end.send(b"x")
 
     def __enter__(self) -> Proxy:
@@ -91,7 +107,8 @@ class Proxy:
 
     def _run(self) -> None:
         while not self._stopping:
-            for key, _ in self._selector.select():
+            slow = self.rate is not None and any(flow.waiting for flow in self._flows)
+            for key, _ in self._selector.select(TICK_S if slow else None):
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fileobj is self._woken:
@@ -100,14 +117,20 @@ class Proxy:
                     self._pass_frame()
                 elif isinstance(key.data, tuple):
                     with contextlib.suppress(OSError):
-                        self._frames.sendto(key.fileobj.recv(2_048), key.data)  # type: ignore[union-attr]
+                        answer = key.fileobj.recv(2_048)  # type: ignore[union-attr]
+                        if not self.parted:
+                            self._frames.sendto(answer, key.data)
                 else:
                     self._read(key.data)
-            for flow in [flow for flow in self._flows if flow.waiting]:
-                self._pass_on(flow)
+            self._listen_to(self._listener, None if self.parted else "accept")
+            for flow in list(self._flows):
+                if flow.source.fileno() >= 0 and (flow.waiting or flow.source not in self._selector.get_map()):
+                    self._pass_on(flow)
 
     def _pass_frame(self) -> None:
         data, source = self._frames.recvfrom(2_048)
+        if self.parted:
+            return
         asker = self._askers.get(source)
         if asker is None:
             asker = self._askers[source] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -132,6 +155,9 @@ class Proxy:
         self._selector.register(owner, selectors.EVENT_READ, down)
 
     def _read(self, flow: _Flow) -> None:
+        if self.parted:  # whoever closes its end is not heard either
+            self._listen_to(flow.source, None)
+            return
         try:
             data = flow.source.recv(PIECE_BYTES)
         except OSError:
@@ -159,18 +185,41 @@ class Proxy:
         self._pass_on(flow)
 
     def _pass_on(self, flow: _Flow) -> None:
-        if flow.from_owner and flow.data and self.hold_after is not None and flow.passed > self.hold_after:
-            self.holding.set()
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(flow.source)  # reads no more, so that the owner's queue fills up
-            return
-        if flow.source.fileno() >= 0 and flow.source not in self._selector.get_map():
-            self._selector.register(flow.source, selectors.EVENT_READ, flow)
-        data, flow.waiting = flow.waiting, bytearray()
+        """Send on what may pass now; read more of it only when nothing waits, so that the sender's queue fills up."""
+        size = len(flow.waiting)
+        if self._stands(flow):
+            size = 0
+        elif flow.from_owner and flow.data and self.rate is not None:
+            size = self._may_pass(size)
+        data, flow.waiting = flow.waiting[:size], flow.waiting[size:]
+        self._listen_to(flow.source, None if flow.waiting or self._stands(flow) else flow)
         try:
             flow.target.sendall(data)
         except OSError:
             self._close(flow)
+
+    def _stands(self, flow: _Flow) -> bool:
+        held = flow.from_owner and flow.data and self.hold_after is not None and flow.passed > self.hold_after
+        if held:
+            self.holding.set()
+        return held or self.parted
+
+    def _listen_to(self, sock: socket.socket, data: object) -> None:
+        """Wake up for it, or not (None)."""
+        known = sock.fileno() >= 0 and sock in self._selector.get_map()
+        if data is None and known:
+            self._selector.unregister(sock)
+        elif data is not None and not known and sock.fileno() >= 0:
+            self._selector.register(sock, selectors.EVENT_READ, data)
+
+    def _may_pass(self, size: int) -> int:
+        assert self.rate is not None
+        now = time.monotonic()
+        self._allowance = min(self._allowance + (now - self._allowed_at) * self.rate, 4 * TICK_S * self.rate)
+        self._allowed_at = now
+        size = min(size, int(self._allowance))
+        self._allowance -= size
+        return size
 
     def _close(self, flow: _Flow) -> None:
         for sock in (flow.source, flow.target):

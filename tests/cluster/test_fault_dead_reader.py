@@ -6,13 +6,13 @@ import pytest
 
 from tests.cluster.agents import AgentProcess, Cluster, eventually, visible
 from tests.cluster.blocks import blocks_of, new_keys
-from tests.cluster.test_peer_faults import MIB, Read, owner_and_reader, put
-from tests.cluster.transports import NIXL, NIXL_TCP, TCP
+from tests.cluster.test_peer_faults import MIB, Read, put
+from tests.cluster.transports import NIXL, NIXL_TCP, TCP, options
 
 pytestmark = [pytest.mark.cluster]
 
-COUNT = 40
-TTL_MS = 1_500
+COUNT = 24
+TTL_MS = 800
 ATTEMPTS = 10
 PINNED = 'p2pkv_arena_used_bytes{use="pinned"}'
 
@@ -33,13 +33,16 @@ def stop_in_mid_pull(owner: AgentProcess, reader: AgentProcess) -> None:
     pytest.skip(f"{ATTEMPTS} pulls were over before the reader could be stopped")
 
 
-@pytest.mark.parametrize("kind", [TCP, NIXL, NIXL_TCP])
-@pytest.mark.parametrize("fate", ["it is killed then", "it stands still"])
+@pytest.mark.parametrize(
+    ("kind", "fate"),
+    [(TCP, "stands still"), (TCP, "is killed"), (*NIXL.values, "stands still"), (*NIXL_TCP.values, "is killed")],
+)
 def test_memory_that_was_held_for_a_reader_returns(cluster: Cluster, kind: str, fate: str) -> None:
     """Without an end of leases the owner could store nothing there any more: here all of its arena is filled anew."""
-    owner, reader = owner_and_reader(cluster, kind, **{"store.lease_ttl_ms": TTL_MS})
+    owner, reader = cluster.start(2, capacity="64MiB", **options(kind, **{"store.lease_ttl_ms": TTL_MS}))
+    cluster.connected()
     stop_in_mid_pull(owner, reader)
-    if fate == "it is killed then":
+    if fate == "is killed":
         reader.kill()
     eventually(lambda: owner.metric("p2pkv_leases") == 0, 4 * TTL_MS / 1000, why="the lease is over")
     assert owner.metric(PINNED) == 0

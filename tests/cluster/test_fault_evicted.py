@@ -11,13 +11,13 @@ from tests.cluster.transports import NIXL, TCP, options
 
 pytestmark = [pytest.mark.cluster]
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 @pytest.mark.parametrize("kind", [TCP, NIXL])
 def test_what_was_promised_and_evicted_is_a_miss_and_the_peer_is_asked_again(cluster: Cluster, kind: str) -> None:
-    """The owner tells of changes a second late. Were a miss a failure, three such reads would open its breaker."""
-    [owner] = cluster.start(1, capacity="24MiB", **options(kind, **{"peer.flush_ms": 1_000}))
+    """The owner tells of changes half a second late. Were a miss a failure, three such reads would open its breaker."""
+    [owner] = cluster.start(1, capacity="24MiB", **options(kind, **{"peer.flush_ms": 600}))
     [reader] = cluster.start(1, seeds=(owner.address,), **options(kind))
     cluster.connected()
     mine, cache = owner.open(MIB), reader.open(MIB)
