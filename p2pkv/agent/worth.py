@@ -108,10 +108,13 @@ class Worth:
         if planned.limit is not Limit.RECOMPUTE:
             return
         self.refused_blocks += sum(bool(each) for each in sources[planned.stop :])
-        if planned.stop == 0 and sources and sources[0]:
-            best = min(sources[0], key=lambda source: 1.0 / self.estimate(source).bytes_per_s)
+        if any(run.source.node for run in planned.runs):
+            return  # what is pulled shows how they are now
+        first = planned.stop  # before it is what is here
+        if first < len(sources) and sources[first]:
+            best = min(sources[first], key=lambda source: 1.0 / self.estimate(source).bytes_per_s)
             if self._may_try(best):
-                self._try_one(namespace, hashes[0])
+                self._try_one(namespace, hashes[first])
 
     def _may_try(self, source: Source) -> bool:
         now = self._clock()

@@ -114,6 +114,18 @@ def test_a_source_that_was_not_worth_it_is_tried_with_one_block_when_that_is_lon
     assert len(scene.tried) == 2
 
 
+def test_a_source_is_tried_again_where_the_beginning_of_the_chain_is_here() -> None:
+    """As the block is that was tried last: else one wrong estimate would stay for ever."""
+    scene = Scene()
+    scene.learn(1e6)
+    scene.now += TRY_AGAIN_S + 1
+    scene.plan([[HERE]] * 2 + [[PEER]] * 6)
+    assert scene.tried == [(3, bytes([2]) * 16)]
+    scene.now += TRY_AGAIN_S + 1
+    scene.plan([[HERE]] * 8)
+    assert len(scene.tried) == 1, "there is nothing to try"
+
+
 def test_a_peer_that_does_not_answer_is_not_planned_with() -> None:
     scene = Scene()
     scene.learn(1e9)
