@@ -9,6 +9,9 @@ from typing import Final
 
 WEIGHT: Final = 0.3
 """Of one connection in the mean."""
+SURPRISE_MAX: Final = 8.0
+"""One connection counts as at most so many times slower than was expected: this process may have stood still meanwhile,
+and an hour in the mean would keep it from every node that it does not know yet."""
 
 
 class SetupTime:
@@ -24,4 +27,4 @@ class SetupTime:
 
     def learn(self, took_s: float) -> None:
         """A connection was there after so long."""
-        self.expected_s += WEIGHT * (took_s - self.expected_s)
+        self.expected_s += WEIGHT * (min(took_s, SURPRISE_MAX * self.expected_s) - self.expected_s)
