@@ -4,8 +4,8 @@
 
 ``no-hold``: a lease does not keep its blocks in their slots. ``no-check``: blocks that fail their checksum are taken.
 
-Owners that lie about leases over NIXL: ``boast``: every lease is said to last an hour, and to have held when it is given
-back. ``wrong-places``: each block is said to lie where another one does. ``no-places``: beyond the arena.
+Owners that lie about leases over NIXL. ``boast``: every lease is said to last an hour, and to have held when it is
+given back. ``wrong-places``: each block is said to lie where another one does. ``no-places``: beyond the arena.
 """
 
 from __future__ import annotations

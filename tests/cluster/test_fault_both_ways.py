@@ -1,4 +1,4 @@
-"""Two agents pull from each other at the same time, as much as they can: all of it is right, and neither waits for ever."""
+"""Two agents pull from each other at the same time, as much as they can: all is right, and neither waits for ever."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from p2pkv.types import Status
 from tests.cluster.agents import AgentProcess, Cluster, eventually, visible
 from tests.cluster.blocks import blocks_of, new_keys
 from tests.cluster.test_peer_faults import SMALL, put
-from tests.cluster.transports import NIXL, NIXL_TCP, TCP, options
+from tests.cluster.transports import NIXL, TCP, options
 
 pytestmark = [pytest.mark.cluster]
 
@@ -67,12 +67,11 @@ def test_sixty_four_gets_of_one_prefix_pull_it_once(cluster: Cluster, clients: l
     assert reader.metric("p2pkv_pulled_blocks_total") == BLOCKS
 
 
-@pytest.mark.parametrize("kind", [TCP, NIXL_TCP])
 def test_sixty_four_gets_from_a_holder_that_stands_still_wait_for_it_together(
-    cluster: Cluster, clients: list[AgentClient], kind: str
+    cluster: Cluster, clients: list[AgentClient]
 ) -> None:
     """Those that joined a pull do not each try again when it fails: 64 waits in a row would take half a minute."""
-    reader, holder = cluster.start(2, **options(kind))
+    reader, holder = cluster.start(2, **options(TCP))
     cluster.connected()
     keys = put(holder, SMALL, BLOCKS)
     caches = crowd_of(reader, clients)

@@ -1,4 +1,7 @@
-"""A source that has evicted what its peers still believe it has: misses at once, and no reason not to ask it for more."""
+"""A source that has evicted what its peers still believe it has: misses at once, and no reason not to ask it for more.
+
+Over NIXL: ``test_short_way_nixl.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,17 @@ import pytest
 from p2pkv.types import Status
 from tests.cluster.agents import Cluster, eventually, visible
 from tests.cluster.test_peer_faults import MIB, SLACK_S, Read, put
-from tests.cluster.transports import NIXL, TCP, options
+from tests.cluster.transports import TCP, options
 
 pytestmark = [pytest.mark.cluster]
 
 ROUNDS = 4
 
 
-@pytest.mark.parametrize("kind", [TCP, NIXL])
-def test_what_was_promised_and_evicted_is_a_miss_and_the_peer_is_asked_again(cluster: Cluster, kind: str) -> None:
+def test_what_was_promised_and_evicted_is_a_miss_and_the_peer_is_asked_again(cluster: Cluster) -> None:
     """The owner tells of changes half a second late. Were a miss a failure, three such reads would open its breaker."""
-    [owner] = cluster.start(1, capacity="24MiB", **options(kind, **{"peer.flush_ms": 600}))
-    [reader] = cluster.start(1, seeds=(owner.address,), **options(kind))
+    [owner] = cluster.start(1, capacity="24MiB", **options(TCP, **{"peer.flush_ms": 600}))
+    [reader] = cluster.start(1, seeds=(owner.address,), **options(TCP))
     cluster.connected()
     mine, cache = owner.open(MIB), reader.open(MIB)
     missed = 0

@@ -1,5 +1,5 @@
-"""Owners that do not keep to the leases that they give, or lie about them: bytes are right or rejected, never wrong, and an
-honest holder of the same blocks is asked then.
+"""Owners that do not keep to the leases that they give, or lie about them: bytes are right or rejected, never wrong.
+An honest holder of the same blocks is asked then.
 
 An owner whose leases hold nothing at all, over either transport: ``test_slot_reuse.py``.
 """
@@ -36,8 +36,8 @@ def overwrite(agent: AgentProcess) -> None:
 def test_a_lease_that_runs_out_in_mid_read_costs_the_blocks_and_no_wrong_byte(
     cluster: Cluster, kind: str, lie: str
 ) -> None:
-    """The lease is over and the slots are filled anew while the bytes are on their way. Over NIXL the owner says that the
-    lease would last an hour, and at the end that it has held: the checksum is what counts."""
+    """The lease is over and the slots are filled anew while the bytes are on their way. Over NIXL the owner says that
+    the lease would last an hour, and at the end that it has held: the checksum is what counts."""
     patient = {"transport.stall_ms": 20_000, "transport.streams": 1, "transport.in_flight": "64MiB"}
     patient |= WITHOUT_SHORT_WAY if kind == "nixl" else {}
     with Proxy() as proxy:
@@ -70,7 +70,7 @@ def test_a_lease_that_runs_out_in_mid_read_costs_the_blocks_and_no_wrong_byte(
 
 @pytest.mark.parametrize("kind", [NIXL])
 def test_what_owners_say_about_places_is_not_believed(cluster: Cluster, kind: str) -> None:
-    """One names the places of other blocks, one such as are beyond its arena: misses, and an honest holder's do come."""
+    """One names the places of other blocks, one places beyond its arena: misses, and an honest holder's do come."""
     settings = options(kind, **WITHOUT_SHORT_WAY)
     [liar] = cluster.start(1, program=[MUTANT, "wrong-places"], **settings)
     another = cluster.launch(program=[MUTANT, "no-places"], seeds=(liar.address,), **settings)

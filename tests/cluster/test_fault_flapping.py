@@ -1,4 +1,4 @@
-"""A source that comes and goes all the time: every read is right or a miss, soon, and each flap costs its readers little."""
+"""A source that comes and goes all the time: every read is right or a miss, soon, and each flap costs little."""
 
 from __future__ import annotations
 

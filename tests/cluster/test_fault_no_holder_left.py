@@ -21,7 +21,6 @@ BEFORE, IN_MID_READ = False, True
     [
         (TCP, "kill", IN_MID_READ),
         (TCP, "stop_tree", BEFORE),
-        (TCP, "stop_tree", IN_MID_READ),
         pytest.param("nixl", "kill", BEFORE, marks=NIXL.marks),
         pytest.param("nixl-tcp", "stop_tree", IN_MID_READ, marks=NIXL_TCP.marks),
     ],

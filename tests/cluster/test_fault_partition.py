@@ -53,10 +53,9 @@ def test_a_source_that_cannot_be_reached_any_more_is_waited_for_once(cluster: Cl
         eventually(lambda: Read(cache, keys, 5_000).end() == 20, 20.0, why="everything comes in the end")
 
 
-@pytest.mark.parametrize("kind", [TCP, NIXL])
-def test_a_source_that_is_cut_off_in_mid_read_costs_what_had_not_come(cluster: Cluster, kind: str) -> None:
+def test_a_source_that_is_cut_off_in_mid_read_costs_what_had_not_come(cluster: Cluster) -> None:
     """Long before the deadline: the lack of progress ends it."""
-    with through_a_proxy(cluster, kind) as (owner, reader, proxy):
+    with through_a_proxy(cluster, TCP) as (owner, reader, proxy):
         keys = put(owner, MIB, COUNT)
         cache = reader.open(MIB)
         visible(cache, keys)

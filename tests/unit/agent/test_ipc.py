@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,6 @@ async def test_after_a_failed_accept_there_is_a_pause_and_then_another_try(
         engine.connect(server.path)
         await asyncio.wait_for(third.wait(), 60.0)
     await server.stop()
-    assert [later - earlier > 0.8 * ACCEPT_PAUSE_S for earlier, later in zip(tries, tries[1:], strict=False)] == [
+    assert [later - earlier > 0.8 * ACCEPT_PAUSE_S for earlier, later in pairwise(tries)] == [
         True, True,
     ]  # fmt: skip
