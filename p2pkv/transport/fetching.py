@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EARLY_S: Final = 0.005
+"""Before the deadline a pull may have been ended by it: the event loop's clock counts whole milliseconds."""
 LATE_S: Final = 0.05
 """What a transport may take beyond the deadline to clean up before it is called late in the log."""
 
@@ -314,7 +316,7 @@ class OneFetch(Generic[P]):
         """Take into account how a pull ended, and have others asked for what it did not bring."""
         piece, peers, now = pull.piece, self._fetcher.peers, time.monotonic()
         node = piece.source.node
-        in_time = now < self._deadline  # that the caller's own deadline was too short says nothing about the node
+        in_time = now < self._deadline - EARLY_S  # that the caller's deadline was too short says nothing about the node
         statuses = [result.statuses[i] if result is not None else Status.LOST for i in missing]
         for i, status in zip(missing, statuses, strict=True):
             position = pull.indices[i]

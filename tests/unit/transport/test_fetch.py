@@ -311,6 +311,19 @@ async def test_a_block_that_somebody_else_is_writing_is_busy() -> None:
     assert await bench.fetch(KEYS[:2]) == [Status.BUSY, Status.OK]
 
 
+async def test_a_pull_that_its_own_deadline_ended_a_little_early_is_not_held_against_the_node() -> None:
+    """The event loop's timers count whole milliseconds, and so may the transport's."""
+
+    async def ends_early(request: PullRequest) -> PullResult:
+        return PullResult([Status.TIMEOUT] * len(request.hashes), 0, "cannot connect in time")
+
+    bench = Bench(ends_early)
+    assert Status.OK not in await bench.fetch(KEYS[:1], deadline_s=0.003)
+    assert bench.known.usable(1)
+    assert Status.OK not in await bench.fetch(KEYS[:1], deadline_s=5.0)
+    assert not bench.known.usable(1), "with all the time that it could want it said nothing"
+
+
 async def test_a_slow_peer_costs_no_more_than_the_deadline() -> None:
     bench = Bench(gives(after_s=60))
     statuses = await bench.fetch(KEYS, deadline_s=0.1)
