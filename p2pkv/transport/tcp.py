@@ -174,7 +174,9 @@ class TcpTransport:
             except Busy as error:
                 moved = Moved(Code.REFUSED, 0, CODEC.encode(PeerError("busy", str(error)))[HEADER.size :])
             except (P2PKVError, OSError, TimeoutError) as error:
-                moved = Moved(Code.CLOSED, 0, f"cannot connect: {error}".encode())
+                # Who does not even answer a dial is silent; who refuses it, or breaks it off, is not.
+                silent = isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
+                moved = Moved(Code.TIMEOUT if silent else Code.CLOSED, 0, f"cannot connect: {error}".encode())
             # An idle connection may have died unnoticed (the peer restarted): that says nothing about the peer now.
             if not (pooled and moved.code is Code.CLOSED and reported == first):
                 break
