@@ -73,8 +73,8 @@ def lie(change: Callable[[Pinned], Pinned]) -> None:
         release(self, asker, asked)
         return Released(True)
 
-    NixlTransport._on_pin = on_pin  # type: ignore[method-assign]
-    NixlTransport._on_release = on_release  # type: ignore[method-assign]
+    NixlTransport._on_pin = on_pin  # type: ignore[method-assign, assignment]
+    NixlTransport._on_release = on_release  # type: ignore[method-assign, assignment]
 
 
 def moved(pinned: Pinned, by: int) -> Pinned:

@@ -17,12 +17,14 @@ FLAPS = 6
 LIVES = 2
 BATCH = 4
 DEADLINE_S = 10.0
+STALL_MS = 3_000
 
 
 @pytest.mark.parametrize("kind", [TCP, NIXL_TCP])
 def test_a_source_that_stops_and_goes_on_again_and_again_costs_little_each_time(cluster: Cluster, kind: str) -> None:
-    """The breaker and the patience: without them each of these reads would take its whole deadline."""
-    owner, reader = owner_and_reader(cluster, kind)
+    """What is known of its answers keeps the wait short, and the breaker keeps it to one: else each of these reads
+    would wait as long as a stranger is waited for."""
+    owner, reader = owner_and_reader(cluster, kind, **{"transport.stall_ms": STALL_MS})
     all_keys = put(owner, SMALL, (3 * FLAPS + 2) * BATCH)
     keys = iter(all_keys)
     cache = reader.open(SMALL)

@@ -12,6 +12,7 @@ from tests.cluster.transports import NIXL, NIXL_TCP, TCP, options
 pytestmark = [pytest.mark.cluster]
 
 DEADLINE_S = 20.0
+STALL_MS = 1_500
 COUNT = 32
 BEFORE, IN_MID_READ = False, True
 
@@ -29,7 +30,9 @@ def test_when_all_holders_go_a_get_ends_long_before_its_deadline_and_the_next_on
     cluster: Cluster, kind: str, fault: str, in_mid_read: bool
 ) -> None:
     """Each holder is waited for once, not once for each block, and nobody asks one whose breaker is open."""
-    reader, *holders = cluster.start(3, capacity="128MiB", **options(kind))
+    # FIXME: over NIXL connecting to a process that stands still is tried three times before the breaker opens.
+    settings = {"transport.stall_ms": STALL_MS} if kind == "tcp" else {}
+    reader, *holders = cluster.start(3, capacity="128MiB", **options(kind, **settings))
     cluster.connected()
     keys = new_keys(COUNT)
     for holder in holders:
@@ -37,18 +40,21 @@ def test_when_all_holders_go_a_get_ends_long_before_its_deadline_and_the_next_on
     local = put(reader, SMALL, 4)
     cache, small = reader.open(MIB), reader.open(SMALL)
     eventually(lambda: len(cache.match(keys).nodes) == 2, why="both holders are known")
-    read = None
+
+    def begin() -> Read:
+        return Read(cache, keys, int(DEADLINE_S * 1000))
+
     if in_mid_read:
-        read = Read(cache, keys, int(DEADLINE_S * 1000))
+        read = begin()
         eventually(lambda: read.over or reader.metric("p2pkv_pulls_in_flight_blocks") > 0, why="the pull begins")
     for holder in holders:
         getattr(holder, fault)()
-    if read is None:
-        read = Read(cache, keys, int(DEADLINE_S * 1000))
+    if not in_mid_read:
+        read = begin()
     came = read.end()
     assert in_mid_read or came == 0
     assert read.seconds < DEADLINE_S / 4, read.statuses
-    again = Read(cache, keys, int(DEADLINE_S * 1000))
+    again = begin()
     assert again.end() == came, "what came stays"
     assert again.seconds < SLACK_S
     assert Read(small, local, 1_000).end() == 4, "a local hit has nothing to do with it"
