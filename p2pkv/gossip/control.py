@@ -216,8 +216,10 @@ class Control:
         try:
             async with asyncio.timeout(deadline_s):
                 return await waiter
-        except TimeoutError:
-            raise PeerUnavailable("cannot connect to the peer in time", node=NodeId(node), seconds=deadline_s) from None
+        except TimeoutError as error:
+            raise PeerUnavailable(
+                "cannot connect to the peer in time", node=NodeId(node), seconds=deadline_s
+            ) from error
 
     def letter(self, address: str, payload: bytes) -> None:
         """Send a letter; it may be lost."""

@@ -60,6 +60,9 @@ ANSWERED_BY: Final = frozenset(ANSWERS.values())
 """What a reader's end is sent."""
 
 
+OnLate = Callable[[msgspec.Struct], None]
+
+
 class PeerLink:
     """A control connection. ``dialed``: we are the reader and ask; otherwise the peer reads us and we answer.
 
@@ -76,6 +79,7 @@ class PeerLink:
         self._send = send
         self._next_id = 0
         self._waiting: dict[int, tuple[asyncio.Future[msgspec.Struct], type[msgspec.Struct]]] = {}
+        self._late: dict[int, OnLate] = {}
         self._on_close: list[Callable[[], None]] = []
         self._closed: str | None = None
 
@@ -106,12 +110,16 @@ class PeerLink:
         else:
             self._on_close.append(callback)
 
-    async def request(self, message: msgspec.Struct, deadline_s: float) -> msgspec.Struct:
+    async def request(
+        self, message: msgspec.Struct, deadline_s: float, *, on_late: OnLate | None = None
+    ) -> msgspec.Struct:
         """Send a request and wait for its answer.
+
+        ``on_late`` gets an answer that comes when nobody waits for it any more: it may name something to give back.
 
         Raises:
             PeerUnavailable: the connection is gone, or went while waiting; also when the peer is shutting down.
-            DeadlineExceeded: no answer within ``deadline_s``. A late one is dropped.
+            DeadlineExceeded: no answer within ``deadline_s``.
             Busy: too many requests in flight here, or the peer says that it is busy.
             LayoutMismatch, RemoteProtocolError: the peer refused, or answered with the wrong kind of message.
         """
@@ -132,6 +140,10 @@ class PeerLink:
         finally:
             timer.cancel()
             self._waiting.pop(request_id, None)
+            if on_late is not None and (future.cancelled() or isinstance(future.exception(), DeadlineExceeded)):
+                self._late[request_id] = on_late
+                if len(self._late) > IN_FLIGHT_MAX:
+                    self._late.pop(next(iter(self._late)))
 
     def notify(self, message: msgspec.Struct) -> None:
         """Send a message that has no answer.
@@ -156,7 +168,10 @@ class PeerLink:
         if waiting is None:
             if not 0 < frame.request_id <= self._next_id:
                 raise RemoteProtocolError("answer to a request that was never sent", request_id=frame.request_id)
-            return  # its deadline has passed
+            on_late = self._late.pop(frame.request_id, None)  # its deadline has passed
+            if on_late is not None and not isinstance(message, PeerError):
+                on_late(message)
+            return
         future, answer_type = waiting
         if future.done():
             return
@@ -176,6 +191,7 @@ class PeerLink:
         if self._closed is not None:
             return
         self._closed = reason
+        self._late.clear()
         for future, _ in self._waiting.values():
             if not future.done():
                 future.set_exception(self._gone())

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from p2pkv.errors import DeadlineExceeded
 from p2pkv.types import Status
 from p2pkv.wire.fields import Extent
 
@@ -122,6 +123,11 @@ class PullResult(NamedTuple):
     token: int = 0
     waited_s: float = 0.0
     setup_s: float = 0.0
+
+
+def is_silence(error: BaseException) -> bool:
+    """Whether an attempt failed because nothing came back at all: not a refusal, nor a connection that broke off."""
+    return isinstance(error, DeadlineExceeded | TimeoutError) or isinstance(error.__cause__, TimeoutError)
 
 
 class Transport(Protocol):

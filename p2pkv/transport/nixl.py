@@ -18,6 +18,7 @@ are safe again (the transfer has ended, or its process is gone).
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ import msgspec
 
 from p2pkv import _native
 from p2pkv.errors import Busy, DeadlineExceeded, P2PKVError, PeerUnavailable
-from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResult
+from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResult, is_silence
 from p2pkv.transport.nixl_native import NativeReads
 from p2pkv.transport.nixl_process import NixlOptions, NixlProcess
 from p2pkv.transport.nixl_wire import Run
@@ -204,7 +205,7 @@ class NixlTransport:
         try:
             owner, pinned, asked_at = await self._pin(request, deadline)
         except P2PKVError as error:
-            status = Status.TIMEOUT if isinstance(error, DeadlineExceeded) else Status.UNREACHABLE
+            status = Status.TIMEOUT if is_silence(error) else Status.UNREACHABLE
             status = Status.BUSY if isinstance(error, Busy) else status
             return PullResult([status] * len(request.hashes), 0, str(error), setup_s=time.monotonic() - began)
         waited_s, setup_s = time.monotonic() - asked_at, asked_at - began
@@ -247,7 +248,8 @@ class NixlTransport:
             pin = Pin(request.namespace, list(request.hashes), int(self._lease_ttl_s * 1000), not owner.inline)
             # A holder that stands still must not use up the time in which another one could be asked.
             asked_at = time.monotonic()
-            pinned = await link.request(pin, max(0.001, min(deadline - asked_at, self._patience.of(request.node))))
+            wait_s = max(0.001, min(deadline - asked_at, self._patience.of(request.node)))
+            pinned = await link.request(pin, wait_s, on_late=functools.partial(self._give_back, request.node))
             self._patience.learn(request.node, time.monotonic() - asked_at)
             assert isinstance(pinned, Pinned)  # the link pairs requests with the type of their answers
             count = len(request.hashes)
@@ -330,6 +332,11 @@ class NixlTransport:
         connection = await self.process.add_peer(reply.endpoint, CONNECT_S)
         self._setup.learn(time.monotonic() - began)
         return _Owner(reply.endpoint.name, connection.inline)
+
+    def _give_back(self, node: int, answer: object) -> None:
+        """A lease came when nobody waited for it any more."""
+        if isinstance(answer, Pinned) and answer.lease:
+            self._release(node, answer.lease)
 
     def _release(self, node: int, lease: int) -> None:
         """Give a lease back without waiting for the answer; what it says is counted."""

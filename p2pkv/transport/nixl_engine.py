@@ -426,7 +426,7 @@ class Engine:
             self._answer(peer, "", now)
         for request_id, deadline in [w for w in peer.waiters if w[1] <= now]:
             peer.waiters.remove((request_id, deadline))
-            self._added(request_id, peer.name, "it did not answer in time; is its process progressing (SERVE)?")
+            self._added(request_id, peer.name, wire.SILENT)
         return None
 
     def _answer(self, peer: Peer, error: str, now: float) -> None:

@@ -245,7 +245,7 @@ class NixlProcess:
         The owner's child must be serving meanwhile (20 to 200 ms), or it takes some of its idle ticks.
 
         Raises:
-            PeerUnavailable: it did not answer in time, or NIXL refused.
+            DeadlineExceeded: it did not answer in time. PeerUnavailable: NIXL refused.
             TransportUnavailable: the own child is not there.
         """
         if known := self._peers.get(endpoint.name):
@@ -255,8 +255,8 @@ class NixlProcess:
             wire.monotonic_ns_after(time.monotonic(), deadline_s),
         )  # fmt: skip
         answer = await self._ask(request, deadline_s + 10 * GRACE_S)
-        if not isinstance(answer, wire.PeerAdded):
-            raise PeerUnavailable("the NIXL process did not answer a connect in time", peer=endpoint.name)
+        if not isinstance(answer, wire.PeerAdded) or answer.error == wire.SILENT:
+            raise DeadlineExceeded("the NIXL processes did not connect in time", peer=endpoint.name)
         if answer.error:
             raise PeerUnavailable("cannot connect to a peer's NIXL process", peer=endpoint.name, reason=answer.error)
         node = wire.node_of(endpoint.name)

@@ -184,6 +184,10 @@ class AddPeer(msgspec.Struct, frozen=True, array_like=True):
     deadline_ns: U63
 
 
+SILENT: Final = "it did not answer in time; is its process progressing (SERVE)?"
+"""An ``error`` of PeerAdded."""
+
+
 class PeerAdded(msgspec.Struct, frozen=True, array_like=True):
     """``error`` empty: connected. ``inline``: reads finish without the owner's process doing anything, by a copy in
     this child's own system call (CMA), so the owner need not SERVE."""

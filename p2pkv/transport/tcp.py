@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from p2pkv import _native
 from p2pkv.errors import Busy, P2PKVError, PeerUnavailable, RemoteProtocolError
-from p2pkv.transport.base import ArenaMemory, CallOff, PullRequest, PullResult
+from p2pkv.transport.base import ArenaMemory, CallOff, PullRequest, PullResult, is_silence
 from p2pkv.transport.movers import Code, Moved, Movers, OnBlocks
 from p2pkv.transport.patience import Patience
 from p2pkv.transport.setup_time import SetupTime
@@ -175,8 +175,9 @@ class TcpTransport:
                 moved = Moved(Code.REFUSED, 0, CODEC.encode(PeerError("busy", str(error)))[HEADER.size :])
             except (P2PKVError, OSError, TimeoutError) as error:
                 # Who does not even answer a dial is silent; who refuses it, or breaks it off, is not.
-                silent = isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
-                moved = Moved(Code.TIMEOUT if silent else Code.CLOSED, 0, f"cannot connect: {error}".encode())
+                moved = Moved(
+                    Code.TIMEOUT if is_silence(error) else Code.CLOSED, 0, f"cannot connect: {error}".encode()
+                )
             # An idle connection may have died unnoticed (the peer restarted): that says nothing about the peer now.
             if not (pooled and moved.code is Code.CLOSED and reported == first):
                 break

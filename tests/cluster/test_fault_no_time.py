@@ -57,8 +57,7 @@ def test_gets_without_time_give_what_is_here_and_do_not_blame_a_peer(cluster: Cl
         last = Read(cache, keys, 10_000)
         assert last.end() == len(keys) or stopped, last.statuses
         eventually(lambda k=keys: Read(cache, k, 10_000).end() == len(k), 10.0, why="all of it comes")  # type: ignore[misc]
-    # FIXME: over NIXL a lease whose PINNED comes too late is not given back, it runs out.
-    eventually(lambda: owner.metric("p2pkv_leases") == 0, 3 * LEASE_MS / 1000, why="the owner holds nothing for them")
+    eventually(lambda: owner.metric("p2pkv_leases") == 0, LEASE_MS / 1000 / 2, why="the owner holds nothing for them")
     assert reader.metric("p2pkv_leases") == 0 and reader.metric("p2pkv_pulls_in_flight_blocks") == 0
 
 
