@@ -59,7 +59,9 @@ RELEASE_S: Final = 1.0
 class Link(Protocol):
     """A control connection to an owner."""
 
-    async def request(self, message: msgspec.Struct, deadline_s: float) -> msgspec.Struct: ...
+    async def request(
+        self, message: msgspec.Struct, deadline_s: float, *, on_late: Callable[[msgspec.Struct], None] | None = None
+    ) -> msgspec.Struct: ...
 
 
 class Asker(Protocol):

@@ -71,6 +71,33 @@ async def test_a_late_answer_is_dropped_and_an_unasked_one_is_an_error(wire: Wir
         wire.answer(Frame(11, 0, 0, b""), Released(True))
 
 
+async def test_an_answer_that_nobody_waits_for_any_more_may_name_something_to_give_back(wire: Wire) -> None:
+    late: list[object] = []
+    with pytest.raises(DeadlineExceeded):
+        await wire.link.request(Release(1), 0.0, on_late=late.append)
+    cancelled = asyncio.ensure_future(wire.link.request(Release(2), 5.0, on_late=late.append))
+    await asked(wire, 2)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    answered = asyncio.ensure_future(wire.link.request(Release(3), 5.0, on_late=late.append))
+    await asked(wire, 3)
+    wire.answer(wire.frames[2], Released(True))
+    await answered
+    for frame in wire.frames * 2:
+        wire.answer(frame, Released(True))
+    assert late == [Released(True)] * 2, "once each, and not what was waited for"
+
+
+async def test_what_may_come_late_is_bounded(wire: Wire) -> None:
+    late: list[object] = []
+    for _ in range(link_module.IN_FLIGHT_MAX + 1):
+        with pytest.raises(DeadlineExceeded):
+            await wire.link.request(Release(1), 0.0, on_late=late.append)
+    for frame in wire.frames:
+        wire.answer(frame, Released(True))
+    assert len(late) == link_module.IN_FLIGHT_MAX
+
+
 async def test_the_wrong_kind_of_answer_fails_the_request_and_the_connection(wire: Wire) -> None:
     task = asyncio.ensure_future(wire.link.request(Pin(1, [], 1), 5.0))
     await asked(wire, 1)
