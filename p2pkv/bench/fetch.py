@@ -10,7 +10,7 @@ that an engine has: ``get_into`` its own buffer, or ``load`` into a region that 
 * Every block's bytes are checked by another implementation of the checksum than the agents', outside the timed part.
 * Cases, ways and limits take turns, in a new random order each round: they see the same machine.
 * ``memcpy_region`` is memcpy into the region that ``load`` writes to: other memory (4 KiB pages of a memfd) has another
-  speed, and what takes turns has it as hot.
+  speed. Each case copies from a source of its own, so that it is as hot as the block that ours reads, not hotter.
 * Nothing is measured cold: buffers, arenas, connections and limits have been through all blocks once before.
 """
 
@@ -209,7 +209,7 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress, besid
         progress.say(f"fetch: {what}")
         bench = Bench(exits.enter_context(fleet()), phase, transport)
         batch_bytes = bench.batch * phase.block_bytes
-        memcpy = Memcpy(batch_bytes)
+        sources = {case: Memcpy(case.blocks * phase.block_bytes) for case in phase.cases}
         tcp = exits.enter_context(RawTcp(batch_bytes))
         nixl = exits.enter_context(RawNixl(batch_bytes)) if transport == "nixl" else None
         shape = Shape(phase.block_bytes, phase.ring_blocks, bench.batch)
@@ -220,7 +220,7 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress, besid
         }
 
         def ways(case: Case) -> dict[str, Callable[[], float | None]]:
-            buffers = bench.buffers[: case.blocks]
+            buffers, memcpy = bench.buffers[: case.blocks], sources[case]
             out: dict[str, Callable[[], float | None]] = {
                 "memcpy": lambda: memcpy.read(buffers),
                 "get_into": lambda: bench.get_into(case),
