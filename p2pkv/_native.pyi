@@ -363,6 +363,7 @@ class Lane:
         streams: int,
         partial_bytes: int,
         ahead_bytes: int,
+        one_sided_min: int,
         spread_bytes: int,
         in_flight_max: int,
     ) -> None: ...

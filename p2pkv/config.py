@@ -106,6 +106,7 @@ class Transport(Section, frozen=True):
     serve_max: str = ""  # bytes a second that peers may read from here, or a share of the link ("50%"); more: "busy"
     stall_ms: int = 500  # a pull that makes no progress for this long is given up, whatever its deadline
     streams: int = 4  # TCP connections used for one large pull; more fill fat links, fewer spare sockets
+    one_sided_min: str = "512KiB"  # gets of less than this from an owner on this host come over tcp, where nixl is used
     stream_bytes: str = "8MiB"  # a pull uses one more stream for each so many bytes
     idle_connections: int = 8  # kept open per peer
     nixl_devices: str = ""  # UCX_NET_DEVICES for the NIXL process, e.g. "mlx5_0:1"; empty = all (lo on loopback)
@@ -357,6 +358,7 @@ def _check_values(config: Config) -> None:
     parse_size(config.store.capacity, key="store.capacity", percent_of=1 << 30)
     parse_size(config.transport.quarantine, key="transport.quarantine", percent_of=1 << 30)
     parse_size(config.transport.in_flight, key="transport.in_flight", percent_of=1 << 30)
+    parse_size(config.transport.one_sided_min, key="transport.one_sided_min")
     if serve_max := config.transport.serve_max:
         size = parse_size(serve_max, key="transport.serve_max", percent_of=1 << 30)
         within("transport.serve_max", size, 1, 1 << 50)

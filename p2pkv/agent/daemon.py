@@ -258,6 +258,7 @@ class Agent:
             streams=config.transport.streams,
             partial_bytes=PARTIAL_BYTES,
             ahead_bytes=AHEAD_BYTES,
+            one_sided_min=parse_size(config.transport.one_sided_min, key="transport.one_sided_min"),
             spread_bytes=SPREAD_BYTES,
             in_flight_max=config.engine.in_flight_max,
         )

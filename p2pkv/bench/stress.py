@@ -67,8 +67,8 @@ TRIES: Final = 256
 WAIT_S: Final = 0.001
 DEADLINE_MS: Final = 5_000
 STUCK_S: Final = 60.0
-QUICK_GOSSIP: Final = {"peer.hold_ms": "0", "peer.flush_ms": "10"}
-"""Blocks live for a second only: tell the reader about them before they are gone."""
+SETTINGS: Final = {"peer.hold_ms": "0", "peer.flush_ms": "10", "transport.one_sided_min": "0"}
+"""Blocks live for a second only: tell the reader about them before they are gone. And over NIXL, small ones too."""
 
 
 class Stress(Row, frozen=True, kw_only=True):
@@ -147,9 +147,7 @@ class Scene:
 
     def _start(self, name: str, slots: int) -> AgentProcess:
         size = slots * BLOCK_BYTES
-        return self._agents.start(
-            name, capacity_bytes=size, transport=self._transport, http=True, settings=QUICK_GOSSIP
-        )
+        return self._agents.start(name, capacity_bytes=size, transport=self._transport, http=True, settings=SETTINGS)
 
     def pause_reader(self, writer: Child, rng: random.Random) -> None:
         """Stop the reader's agent in the middle of a read, if one is met soon; the owner's arena is written anew."""

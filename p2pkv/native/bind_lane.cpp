@@ -31,10 +31,10 @@ nb::list drain(Lane& lane) {
 
 Lane* make_lane(store::Store& store, IoEngine& receiver, Pool& pool, NixlReads* nixl, nb::capsule lookup, uintptr_t arena,
                 double lease_ttl_s, double stall_s, uint64_t stream_bytes, uint32_t streams, uint64_t partial_bytes,
-                uint64_t ahead_bytes, uint64_t spread_bytes, uint32_t in_flight_max) {
+                uint64_t ahead_bytes, uint64_t one_sided_min, uint64_t spread_bytes, uint32_t in_flight_max) {
     if (std::string(lookup.name()) != index::kLookupCapsule) throw nb::type_error("lookup is not PrefixIndex.lookup");
     return new Lane(store, receiver, pool, nixl, *static_cast<const index::Lookup*>(lookup.data()),
-                    {arena, lease_ttl_s, stall_s, stream_bytes, streams, partial_bytes, ahead_bytes, spread_bytes, in_flight_max});
+                    {arena, lease_ttl_s, stall_s, stream_bytes, streams, partial_bytes, ahead_bytes, one_sided_min, spread_bytes, in_flight_max});
 }
 
 std::string text(nb::bytes bytes) { return std::string(bytes.c_str(), bytes.size()); }
@@ -83,7 +83,7 @@ void bind_lane(nb::module_& m) {
     nb::class_<Lane>(m, "Lane")
         .def(nb::new_(&make_lane), "store"_a, "receiver"_a, "pool"_a, "nixl"_a.none(), "lookup"_a, "arena"_a, "lease_ttl_s"_a, "stall_s"_a,
              "stream_bytes"_a, "streams"_a, "partial_bytes"_a, "ahead_bytes"_a,
-             "spread_bytes"_a, "in_flight_max"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
+             "one_sided_min"_a, "spread_bytes"_a, "in_flight_max"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
              nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>())
         .def_prop_ro("fd", &Lane::fd)
         .def_prop_ro("in_flight", &Lane::in_flight)

@@ -58,6 +58,7 @@ struct LaneOptions {
     uint32_t streams = 4;             // at most so many
     uint64_t partial_bytes = 2 << 20;  // blocks are given to the engine each time so many bytes have come
     uint64_t ahead_bytes = 1 << 20;    // and it is told of parts of a block that are so long, to copy ahead; 0: never
+    uint64_t one_sided_min = 0;        // less than so many bytes are sent, not read one-sided: one round trip, and no other process
     uint64_t spread_bytes = 8 << 20;   // so many bytes that several holders have are Python's to spread over them
     uint32_t in_flight_max = 256;      // per engine
 };

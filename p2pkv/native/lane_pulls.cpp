@@ -95,7 +95,7 @@ bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared
         const uint32_t slot = slots[which];
         const NixlReads::Way way = nixl_ == nullptr ? NixlReads::Way::tcp : nixl_->way_to(pool_.node_of(slot));
         if (way == NixlReads::Way::not_now) continue;
-        const bool one_sided = way == NixlReads::Way::one_sided;
+        const bool one_sided = way == NixlReads::Way::one_sided && bytes >= options_.one_sided_min;
         streams = one_sided ? 1 : streams_over_tcp;
         do {
             const Pool::Taken taken = pool_.take_slot(slot);
