@@ -83,8 +83,8 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     link_mbps: U32 = 0  # of its network or RDMA ports; 0 = not known
 
 
-HOT_MAX: Final = 1024
-"""Blocks of one HOT_KEYS or REPLICATE."""
+HOT_MAX: Final = 256
+"""Blocks of one HOT_KEYS or REPLICATE: the owner has its store to itself while it looks for them."""
 SUSPECTS_MAX: Final = 64
 """Blocks of one SUSPECT: each is read once by the owner to look at it."""
 
