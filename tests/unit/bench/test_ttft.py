@@ -47,6 +47,14 @@ class Scene:
         return self._asked
 
 
+def test_points_that_look_slow_are_asked_more_often_and_stay_slow_if_they_are() -> None:
+    report = ttft.run(Scene(slower=0.2), progress=Progress())
+    points = [p for p in msgspec.to_builtins(report)["rows"] if p["mbit_s"]]
+    assert {p["repeats"] for p in points if p["ratio"] > 1.0} == {ttft.REPEATS + ttft.MORE}
+    assert {p["repeats"] for p in points if p["ratio"] <= 1.0} == {ttft.REPEATS}
+    assert {claim.id for claim in report.claims if not claim.ok} == {"ttft.never_slower"}
+
+
 def claims(scene: Scene) -> dict[str, bool]:
     return {claim.id: claim.ok for claim in ttft.run(scene, quick=True, progress=Progress()).claims}
 
