@@ -18,6 +18,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol
 
 from p2pkv.config import Peer as PeerSettings
@@ -340,7 +341,12 @@ class Control:
             sock.setblocking(False)
             task = asyncio.create_task(self._receive(sock, str(address[0])), name="p2pkv-peer-lobby")
             self._lobby.add(task)
-            task.add_done_callback(self._lobby.discard)
+            task.add_done_callback(partial(self._received, sock))
+
+    def _received(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+        self._lobby.discard(task)
+        if task.cancelled():  # perhaps before its first step: then nobody has closed it
+            sock.close()
 
     def _accept_more(self, on: bool) -> None:
         if self._listener is None or self._stopping:

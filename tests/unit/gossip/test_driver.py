@@ -385,6 +385,20 @@ async def test_a_cell_that_speaks_two_protocols_is_one_cell(nodes: Any, older: i
     await a.until(lambda: 3_000 not in a.keys_of(c))
 
 
+async def test_a_connection_that_has_just_come_when_the_node_stops_is_closed(nodes: Any) -> None:
+    """Its task may be cancelled before its first step, and then runs no line of what would have closed the socket."""
+    a = await nodes(1)
+    control = a.net._control
+    with socket.create_connection(("127.0.0.1", a.net.port)):
+        control._accept()
+        (task,) = control._lobby
+        accepted = task.get_coro().cr_frame.f_locals["sock"]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await a.until(lambda: not control._lobby)
+    assert accepted.fileno() == -1
+
+
 async def test_what_a_node_gives_to_others_is_heard_by_all_who_speak_of_it(nodes: Any) -> None:
     a = await nodes(1, protocol_max=3)
     b, c = await nodes(2, a), await nodes(3, a)
