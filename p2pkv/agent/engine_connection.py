@@ -79,7 +79,7 @@ class EngineConnection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._layouts: dict[int, Layout] = {}
         self._regions: dict[int, MappedRegion] = {}
-        self._fetching = 0
+        self._fetches: set[asyncio.Task[None]] = set()
         self._attached: Attach | None = None
         self._closed = False
         self._cleanup: asyncio.Task[None] | None = None
@@ -105,7 +105,7 @@ class EngineConnection:
     @property
     def in_flight(self) -> int:
         """Requests that are being worked on."""
-        return len(self._tasks) + self._fetching
+        return len(self._tasks) + len(self._fetches)
 
     def start(self) -> None:
         """Begin to read."""
@@ -116,7 +116,7 @@ class EngineConnection:
         return not self._closed and self._wire.still_there()
 
     def close(self) -> None:
-        """Disconnect. Jobs under way are cancelled and publish nothing that they finish from now on.
+        """Disconnect. Jobs and pulls under way are cancelled and publish nothing that they finish from now on.
 
         The socket is closed last: an engine that sees it closed knows that nothing writes into its memory any more.
         """
@@ -130,6 +130,8 @@ class EngineConnection:
         self._layouts.clear()
         for task in self._tasks:
             task.cancel()
+        for fetching in self._fetches:
+            self._service.cancel(fetching)
         self._cleanup = self._loop.create_task(self._unmap_all())
 
     async def closed(self) -> None:
@@ -327,11 +329,8 @@ class EngineConnection:
             namespace, keys, have, deadline_s, self.id, send_got, lambda: not self._closed, excluded, failed
         )
         if fetching is not None:
-            self._fetching += 1
-            fetching.add_done_callback(self._on_fetched)
-
-    def _on_fetched(self, _: asyncio.Future[None]) -> None:
-        self._fetching -= 1
+            self._fetches.add(fetching)
+            fetching.add_done_callback(self._fetches.discard)
 
     def _send_got(
         self, send: Callable[[msgspec.Struct, int], None], request_id: int, asked_at: float, ready: Ready

@@ -20,7 +20,7 @@ import msgspec
 from p2pkv.agent.lane import EngineLane, Landed
 from p2pkv.agent.layouts import Layouts
 from p2pkv.agent.regions import MappedRegion
-from p2pkv.agent.worth import HERE, Worth, race_s
+from p2pkv.agent.worth import HERE, PLAN_BLOCKS_MAX, Worth, race_s
 from p2pkv.errors import Busy
 from p2pkv.index.ownership import OwnershipLog
 from p2pkv.index.prefix import Holder, PrefixIndex
@@ -32,9 +32,9 @@ from p2pkv.transport.counts import PullCounts
 from p2pkv.transport.estimates import Moved
 from p2pkv.transport.fetch import Fetcher
 from p2pkv.transport.movers import Code, Movers, Work
-from p2pkv.transport.plan import Plan, Prefill
+from p2pkv.transport.plan import Limit, Plan, Prefill
 from p2pkv.transport.plan import Source as PeerSource
-from p2pkv.types import Layout, Status, Tier, index_key, namespace_salt
+from p2pkv.types import Layout, Status, Tier, namespace_salt
 from p2pkv.wire.engine import Done, Matched, NodeMatch
 from p2pkv.wire.engine_types import Source
 from p2pkv.wire.fields import Extent
@@ -245,12 +245,14 @@ class CacheService:
     def _worth_pulling(self, namespace: int, hashes: Sequence[bytes], present: bytes, prefill: Prefill) -> bytes:
         """``present`` without the blocks of peers that are sooner computed."""
         assert self.worth is not None
-        sources = self.sources(namespace, hashes)
+        sources = self.sources(namespace, hashes[:PLAN_BLOCKS_MAX])
         planned = self.worth.plan(
             sources, block_bytes=self.block_bytes(namespace), prefill=prefill, deadline_s=math.inf
         )
         self.worth.promise(planned)
         self.worth.refuse(planned, namespace, hashes, sources)
+        if planned.limit is Limit.COMPLETE:
+            return present  # of a longer chain what is behind the plan, too: pulling pays as far as was looked
         behind = bytes(Source.NONE if source == Source.PEER else source for source in present[planned.stop :])
         return present[: planned.stop] + behind
 
@@ -285,7 +287,7 @@ class CacheService:
         excluded: Sequence[int] = (),
         failed: Mapping[int, Status] | None = None,
         give_up_s: Sequence[float] = (),
-    ) -> asyncio.Future[None] | None:
+    ) -> asyncio.Task[None] | None:
         """Pull what :meth:`get_local` did not find; ``on_ready`` gets what is settled, as it is settled.
 
         The last call has ``more`` False and comes before the returned future is done; ``None``: it has come already.
@@ -326,6 +328,11 @@ class CacheService:
             worst=worst,
             give_up_s=[give_up_s[i] for i in missing] if give_up_s else (),
         )
+
+    def cancel(self, fetching: asyncio.Task[None] | None) -> None:
+        """Nobody waits any more for what :meth:`get_rest` pulls; harmless once it has ended."""
+        if fetching is not None and self.fetcher is not None:
+            self.fetcher.cancel(fetching)
 
     def _settle(
         self, namespace: int, keys: Sequence[bytes], batch: list[tuple[int, Status]], holder: int, *, more: bool
@@ -455,6 +462,7 @@ class CacheService:
                     sources[i] = ready.sources[n]
                     moved[ready.sources[n]] += ready.extents[n].length
 
+        fetching: asyncio.Task[None] | None = None
         with region:
             local = self.get_local(namespace, keys, holder)
             copies = [asyncio.ensure_future(copy_out(local))] if local.indices else []
@@ -478,6 +486,7 @@ class CacheService:
                         await asyncio.wait([fetching])
             finally:
                 wanted = False
+                self.cancel(fetching)
                 await asyncio.gather(*copies)
         return Done(bytes(statuses), bytes(sources), moved[Source.LOCAL], moved[Source.PEER])
 
@@ -528,10 +537,6 @@ class CacheService:
         """Once a second or so: end leases that are over, publish what that freed."""
         self.store.expire(self._clock())
         self.publish()
-
-    def key_of(self, namespace: int, block_hash: bytes) -> int:
-        """A block's key in the index."""
-        return index_key(namespace, block_hash)
 
 
 def _nobody_waits(position: int, status: Status) -> None:

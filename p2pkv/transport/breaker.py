@@ -119,7 +119,3 @@ class Breakers:
     def forget(self, node: int) -> None:
         """The node has gone, or another life of it has come."""
         self._breakers.pop(node, None)
-
-    def open_nodes(self, now: float) -> list[int]:
-        """Peers that are not asked now, for people to see."""
-        return [node for node in self._breakers if self.state(node, now) is State.OPEN]

@@ -99,8 +99,6 @@ class Deal:
         self._flying: dict[Source, Piece] = {}
         self._runs: dict[Source, list[int]] = {}  # dealt out, not asked for; the next block last
         self._stale = True  # there is news that dealing out anew could make something of
-        self.taken_over = 0
-        """Pieces that were called off because somebody else was quicker."""
 
     def offer(self, position: int, sources: Iterable[Source]) -> None:
         """A block is wanted, and these have it."""
@@ -112,7 +110,9 @@ class Deal:
         """The block is here, or given up: nobody need be asked for it."""
         self._sources.pop(position, None)
         self._late.pop(position, None)
-        self._unasked.discard(position)
+        if position in self._unasked:
+            self._unasked.remove(position)
+            self._stale = True  # there may be others behind it, beyond the horizon
 
     def exclude(self, node: int) -> None:
         """The node is not asked (any more) by this fetch."""
@@ -120,11 +120,6 @@ class Deal:
         for position, sources in self._sources.items():
             self._sources[position] = [source for source in sources if source.node != node]
         self._stale = True
-
-    @property
-    def flying(self) -> int:
-        """Pieces that have been asked for."""
-        return len(self._flying)
 
     # --- asking
 
@@ -239,7 +234,6 @@ class Deal:
             )
             if self._rest_s(piece, now) > LATE_FACTOR * elsewhere_s + LATE_GRACE_S:
                 late.append(piece)
-        self.taken_over += len(late)
         return late
 
     def _is_idle(self, source: Source, beside: Piece, now: float) -> bool:

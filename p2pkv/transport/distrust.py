@@ -25,13 +25,16 @@ class Distrust:
     def __len__(self) -> int:
         return len(self._until)
 
-    def add(self, node: int, namespace: int, key: bytes, now: float) -> None:
-        """The node sent something else under this name."""
+    def add(self, node: int, namespace: int, key: bytes, now: float) -> tuple[int, int, bytes] | None:
+        """The node sent something else under this name. Returns what was forgotten for it, the oldest, if there was no
+        room."""
         self.lift(node, namespace, key)
-        if len(self._until) >= BLOCKS_MAX:
-            self.lift(*next(iter(self._until)))
+        oldest = next(iter(self._until)) if len(self._until) >= BLOCKS_MAX else None
+        if oldest is not None:
+            self.lift(*oldest)
         self._until[node, namespace, key] = now + TTL_S
         self._nodes[namespace, key] += 1
+        return oldest
 
     def has(self, node: int, namespace: int, key: bytes) -> bool:
         """Whether the node is not to be asked for this block."""

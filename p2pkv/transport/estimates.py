@@ -38,6 +38,7 @@ class Moved(NamedTuple):
     first_byte_s: float
     seconds: float  # from asking until the last byte
     bytes_moved: int
+    landed: int = 0  # of these bytes; they were told of by :meth:`Estimates.landed`
 
 
 class Kept(NamedTuple):
@@ -54,14 +55,19 @@ class Kept(NamedTuple):
 class _Known:
     """Of one source. The pace is in seconds per byte: a mean of times is what a plan adds up."""
 
-    __slots__ = ("at", "ended", "first_byte_s", "in_flight", "pace", "shared", "stranger", "transfers", "variance")
+    __slots__ = (
+        "at", "came", "first_byte_s", "in_flight", "pace", "shared", "since", "since_begin", "stranger", "transfers",
+        "variance",
+    )  # fmt: skip
 
     def __init__(self, first_byte_s: float, pace: float, at: float) -> None:
         self.first_byte_s = first_byte_s
         self.pace = pace
         self.variance = (STRANGER_SPREAD * pace) ** 2
         self.at = at
-        self.ended = -math.inf  # when the last transfer from it did
+        self.since = at  # the last end of a transfer from it, or the first begin after all had ended
+        self.since_begin = True  # that was a begin
+        self.came = 0  # bytes that have landed since
         self.stranger = True  # nothing has come from it yet
         self.in_flight = 0  # bytes
         self.transfers = 0
@@ -102,6 +108,8 @@ class Estimates:
     def begin(self, source: Source, size: int, now: float) -> None:
         """So many bytes are asked of it. Every call is followed by one of :meth:`end`."""
         known = self._of(source, now)
+        if known.transfers == 0:
+            known.since, known.since_begin, known.came = now, True, 0
         known.in_flight += size
         known.shared |= known.transfers > 0
         known.transfers += 1
@@ -111,12 +119,14 @@ class Estimates:
         known = self._known.get(source)
         if known is not None:
             known.in_flight = max(0, known.in_flight - size)
+            known.came += size
 
     def end(self, source: Source, size: int, moved: Moved | None, now: float) -> None:
         """The last ``size`` of them have come, or will not. ``moved``: what the whole transfer, that ended now, shows
         of the source's pace; None: nothing.
 
-        Of transfers side by side each counts from the end of the one before: together they took no longer.
+        Of transfers side by side each counts from the end of the one before, with all bytes that have come since,
+        whosever they are: what is learnt is the pace of the source.
         """
         known = self._of(source, now)
         known.in_flight = max(0, known.in_flight - size)
@@ -125,12 +135,14 @@ class Estimates:
         if moved is None or moved.bytes_moved <= 0:
             return
         known.first_byte_s += FIRST_BYTE_WEIGHT * (moved.first_byte_s - known.first_byte_s)
-        seconds = moved.seconds - moved.first_byte_s
+        seconds, size = moved.seconds - moved.first_byte_s, moved.bytes_moved
         if shared:
-            seconds = min(seconds, now - known.ended)
-        known.ended = now
-        pace = max(SECONDS_MIN, seconds) / moved.bytes_moved
-        weight = 1.0 - math.exp(-max(moved.bytes_moved / WEIGHT_BYTES, seconds / WEIGHT_S))
+            seconds, size = self._since(known, moved, now)
+            if size == 0:
+                return  # it belongs to what comes next
+        known.since, known.since_begin, known.came = now, False, 0
+        pace = max(SECONDS_MIN, seconds) / size
+        weight = 1.0 - math.exp(-max(size / WEIGHT_BYTES, seconds / WEIGHT_S))
         if known.stranger:  # anything is better than what is thought of strangers
             known.stranger = False
             weight = max(weight, 0.5)
@@ -142,6 +154,15 @@ class Estimates:
         known.at = now
         self._known.move_to_end(source)
 
+    @staticmethod
+    def _since(known: _Known, moved: Moved, now: float) -> tuple[float, int]:
+        """Seconds since the end before, and what has come in them."""
+        seconds = now - known.since
+        untold = moved.bytes_moved - moved.landed  # that came while it took: of that, the part since then
+        size = known.came + int(untold * min(1.0, seconds / max(SECONDS_MIN, moved.seconds)))
+        waited_s = min(moved.first_byte_s, seconds / 2) if known.since_begin else 0.0
+        return seconds - waited_s, size
+
     def forget(self, node: int) -> None:
         """The node has gone; what comes back under its name may be another machine."""
         for source in [source for source in self._known if source.node == node]:
@@ -152,6 +173,7 @@ class Estimates:
         return [
             Kept(source.node, source.tier, known.first_byte_s, known.pace, known.variance, max(0.0, now - known.at))
             for source, known in self._known.items()
+            if not known.stranger
         ]
 
     def restore(self, kept: Iterable[Kept], now: float) -> int:

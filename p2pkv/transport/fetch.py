@@ -5,7 +5,8 @@
 * A block's destination is a reserved slot of the local store. It is committed (and so becomes visible here and to
   peers) only when the transport has proven its bytes; otherwise the slot is given back, or quarantined while a
   given-up transfer may still write into it.
-* What is in flight is bounded; requests take turns (:mod:`.admission`).
+* What is in flight is bounded; requests take turns (:mod:`.admission`). What is brought ahead of need gives way to what
+  is waited for, and stops doing so for what somebody begins to wait for.
 * Every block asked for is reported exactly once, by the deadline.
 
 Knows the store only through :class:`Landing`, and the cell only through ``holders``.
@@ -22,7 +23,7 @@ from typing import Final, Generic
 from p2pkv.transport.admission import Admission
 from p2pkv.transport.counts import FetchStats, PullCounts
 from p2pkv.transport.estimates import Moved
-from p2pkv.transport.fetching import OneFetch
+from p2pkv.transport.fetching import Flight, OneFetch
 from p2pkv.transport.landing import HoldersOf, Landing, OnFetched, P, PickTransport
 from p2pkv.transport.peers import Peers
 from p2pkv.transport.plan import Source
@@ -70,8 +71,8 @@ class Fetcher(Generic[P]):
         self.transport = transport
         self.blocks_max = blocks_max
         self.salt = salt
-        self.flights: dict[tuple[int, bytes], asyncio.Future[Status]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.flights: dict[tuple[int, bytes], Flight] = {}
+        self._fetches: dict[asyncio.Task[None], OneFetch[P]] = {}
         self.peers = peers
         self.admission = Admission(in_flight_bytes)
         self.stats = FetchStats()
@@ -83,7 +84,7 @@ class Fetcher(Generic[P]):
 
     def piece_bytes_max(self) -> int:
         """No piece is larger now."""
-        return self.admission.limit_bytes // (CROWD_SHARE if len(self._tasks) > 1 else 1)
+        return self.admission.limit_bytes // (CROWD_SHARE if len(self._fetches) > 1 else 1)
 
     def landed_elsewhere(self, namespace: int, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
         """What became of blocks that were watched."""
@@ -136,8 +137,8 @@ class Fetcher(Generic[P]):
         """Begin to fetch blocks that are not here; the task ends when every one has been reported and nothing that this
         call began is under way any more.
 
-        The task belongs to the fetcher: wait for it, do not cancel it. Others may have joined what it pulls, and a slot
-        that bytes are on their way to must not be given back; it has a deadline of its own.
+        The task belongs to the fetcher: wait for it, and end it early by :meth:`cancel` alone, because a slot that
+        bytes are on their way to must not be given back. It has a deadline of its own.
 
         ``excluded``: nodes that have been asked already. ``worst``: by position, what they did. ``background``: whoever
         needs blocks now comes first. ``give_up_s``: by position, from now: if the first block that is still missing is
@@ -150,16 +151,25 @@ class Fetcher(Generic[P]):
         for node in excluded:
             fetch.deal.exclude(node)
         task = loop.create_task(fetch.run())
-        self._tasks.add(task)
+        self._fetches[task] = fetch
         task.add_done_callback(self._ended)
         return task
 
+    def cancel(self, task: asyncio.Task[None]) -> None:
+        """Nobody wants what this call of :meth:`fetch` was for: what is under way is called off, and the task ends
+        soon. What has landed stays; who else waits for the rest fetches it."""
+        fetch = self._fetches.get(task)
+        if fetch is not None:
+            fetch.cancel()
+
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._fetches.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a fetch failed: %r", error, exc_info=error)
 
     async def stop(self) -> None:
-        """Wait for what is under way; it ends when the transports are stopped, or by its deadlines."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        """Call everything off, and wait until that is done."""
+        for fetch in list(self._fetches.values()):
+            fetch.cancel()
+        if self._fetches:
+            await asyncio.wait(list(self._fetches))

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Final, Generic
+from typing import TYPE_CHECKING, Any, Final, Generic
 
 from p2pkv.transport.base import CallOff, PullRequest, PullResult
 from p2pkv.transport.counts import PullCounts
@@ -24,17 +24,30 @@ log = logging.getLogger(__name__)
 
 EARLY_S: Final = 0.005
 """Before the deadline a pull may have been ended by it: the event loop's clock counts whole milliseconds."""
+BACKGROUND_SHARE: Final = 0.5
+"""Of the blocks that may be in flight, those brought ahead of need take at most so many."""
 LATE_S: Final = 0.05
 """What a transport may take beyond the deadline to clean up before it is called late in the log."""
+
+
+class Flight:
+    """A block that is being brought, or will be, and by which fetch."""
+
+    __slots__ = ("by", "end")
+
+    def __init__(self, by: OneFetch[Any], end: asyncio.Future[Status]) -> None:
+        self.by = by
+        self.end = end
 
 
 class _Pull(Generic[P]):
     """A piece that is being pulled, and where its blocks go."""
 
-    __slots__ = ("call_off", "indices", "moved_bytes", "piece", "places", "size")
+    __slots__ = ("background", "call_off", "indices", "moved_bytes", "piece", "places", "size")
 
-    def __init__(self, piece: Piece, indices: list[int], places: list[P]) -> None:
+    def __init__(self, piece: Piece, indices: list[int], places: list[P], background: bool) -> None:
         self.piece = piece
+        self.background = background  # as it was let in
         self.indices = indices
         self.places = places
         self.size = sum(place.length for place in places)
@@ -75,6 +88,7 @@ class OneFetch(Generic[P]):
         self._loop = asyncio.get_running_loop()
         self.give_up_at: list[float] = []
         self._overtaken = False
+        self._cancelled = False
         self.worst: dict[int, Status] = {}  # what the last holder that was asked did with a block
         block_bytes = fetcher.landing.block_bytes(namespace)
         self.deal = Deal(
@@ -84,9 +98,26 @@ class OneFetch(Generic[P]):
             salt=fetcher.salt,
         )
 
+    def cancel(self) -> None:
+        """Nobody wants the blocks any more: what is under way is called off. Who waits for them tries by itself."""
+        self._cancelled = True
+        self._news.set()
+
+    def hurry(self) -> None:
+        """Somebody waits for what was brought ahead of need: from now on it comes before other such things."""
+        if not self._background:
+            return
+        self._background = False
+        self._fetcher.admission.leave(self)  # the line of those that nobody waits for
+        for position in self._awaited:
+            flight = self._fetcher.flights.get((self._namespace, self._hashes[position]))
+            if flight is not None:
+                flight.by.hurry()
+        self._news.set()
+
     async def run(self) -> None:
         try:
-            while self._left and (now := time.monotonic()) < self._deadline:
+            while self._left and not self._cancelled and (now := time.monotonic()) < self._deadline:
                 self._news.clear()
                 if now >= self._overtaken_at():
                     self._overtaken = True
@@ -110,7 +141,7 @@ class OneFetch(Generic[P]):
                     self._report(position, status)
                 else:
                     self._give_up(position, status)
-            if self._overtaken:
+            if self._overtaken or self._cancelled:
                 for pull in list(self._pulls.values()):
                     pull.call_off()
             if self._tasks:  # they end by the deadline, too
@@ -151,8 +182,8 @@ class OneFetch(Generic[P]):
         if position in self._claimed:
             self._claimed.discard(position)
             flight = self._fetcher.flights.pop((self._namespace, self._hashes[position]), None)
-            if flight is not None and not flight.done():
-                flight.set_result(status)
+            if flight is not None and not flight.end.done():
+                flight.end.set_result(status)
 
     # --- claiming
 
@@ -162,17 +193,21 @@ class OneFetch(Generic[P]):
             return
         fetcher, new = self._fetcher, self._new
         self._new, mine = [], []
+        # What is brought ahead of need leaves room for what is waited for.
+        flights_max = int(fetcher.blocks_max * (BACKGROUND_SHARE if self._background else 1.0))
         for position in new:
             if position not in self._left:
                 continue
             name = (self._namespace, self._hashes[position])
             flight = fetcher.flights.get(name)
             if flight is not None:
-                self._await(position, flight)
-            elif len(fetcher.flights) >= fetcher.blocks_max:
+                if not self._background:
+                    flight.by.hurry()
+                self._await(position, flight.end)
+            elif len(fetcher.flights) >= flights_max:
                 self._report(position, Status.BUSY)
             else:
-                fetcher.flights[name] = self._loop.create_future()
+                fetcher.flights[name] = Flight(self, self._loop.create_future())
                 self._claimed.add(position)
                 mine.append(position)
         if not mine:
@@ -213,12 +248,13 @@ class OneFetch(Generic[P]):
                 self._news.set()  # some blocks may be hopeless now
                 continue
             size = len(piece.positions) * max(1, fetcher.landing.block_bytes(self._namespace))
-            if not fetcher.admission.take(self, size, self._news.set, background=self._background):
+            background = self._background
+            if not fetcher.admission.take(self, size, self._news.set, background=background):
                 self.deal.not_asked(piece)
                 return False
-            pull = self._reserve(piece)
+            pull = self._reserve(piece, background)
             if pull is None:
-                fetcher.admission.give_back(size, background=self._background)
+                fetcher.admission.give_back(size, background=background)
                 continue
             self.deal.asked(piece)
             self._pulls[piece] = pull
@@ -233,7 +269,7 @@ class OneFetch(Generic[P]):
             self._tasks.discard(task)
         self._news.set()
 
-    def _reserve(self, piece: Piece) -> _Pull[P] | None:
+    def _reserve(self, piece: Piece, background: bool) -> _Pull[P] | None:
         """Slots for the blocks of a piece; those that need none are settled. None: nothing is left of it."""
         indices: list[int] = []
         places: list[P] = []
@@ -245,7 +281,7 @@ class OneFetch(Generic[P]):
             places.append(place)
         piece.positions = indices
         piece.left = set(indices)
-        return _Pull(piece, indices, places) if indices else None
+        return _Pull(piece, indices, places, background) if indices else None
 
     def _place(self, position: int) -> P | Status:
         fetcher, key = self._fetcher, self._hashes[position]
@@ -307,7 +343,7 @@ class OneFetch(Generic[P]):
                     landing.quarantine(place, (transport.name, result.token))
                 else:
                     landing.abort(place)
-            fetcher.admission.give_back(admitted, background=self._background)
+            fetcher.admission.give_back(admitted, background=pull.background)
             self._settle(pull, result, sorted(open_places), time.monotonic() - started)
         if time.monotonic() > self._deadline + LATE_S:
             log.warning("a pull over %s from %016x overran its deadline", transport.name, piece.source.node)
@@ -335,9 +371,9 @@ class OneFetch(Generic[P]):
         lost_bytes = pull.size - pull.moved_bytes
         came_bytes = max(pull.moved_bytes, result.bytes_moved if result is not None else 0)  # with the block half here
         asked_s = took_s - (result.setup_s if result is not None else 0.0)
-        moved = Moved(waited_s, asked_s, came_bytes)
+        moved = Moved(waited_s, asked_s, came_bytes, pull.moved_bytes)
         if pull.call_off.called:
-            self._fetcher.stats.pulls_taken_over += not self._overtaken
+            self._fetcher.stats.pulls_taken_over += not (self._overtaken or self._cancelled)
             if not came_bytes:  # all that is known is that it was slower than one block in all this time
                 known, less_bytes = peers.estimate(piece.source), pull.places[0].length // 2
                 slower = asked_s > known.first_byte_s + less_bytes / known.bytes_per_s
@@ -345,12 +381,13 @@ class OneFetch(Generic[P]):
             peers.ended(piece.source, lost_bytes, moved)
             return
         peers.ended(piece.source, lost_bytes, moved)
-        if not missing:
+        if not missing or (pull.moved_bytes and set(statuses) == {Status.MISS}):  # it has the rest no more: no failure
             peers.good(node)
+        if not missing:
             return
         if any(status in _BROKEN for status in statuses):
             self.deal.exclude(node)
-        if in_time and not pull.moved_bytes and Status.TIMEOUT in statuses:
+        if in_time and not came_bytes and Status.TIMEOUT in statuses:
             peers.silent(node)
         elif in_time and Status.UNREACHABLE in statuses:
             peers.failed(node)

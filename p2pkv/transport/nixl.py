@@ -27,8 +27,8 @@ from typing import Any, Final, NamedTuple, Protocol
 import msgspec
 
 from p2pkv import _native
-from p2pkv.errors import Busy, DeadlineExceeded, P2PKVError, PeerUnavailable
-from p2pkv.transport.base import ArenaMemory, BlockSource, PullRequest, PullResult, is_silence
+from p2pkv.errors import Busy, DeadlineExceeded, P2PKVError, PeerUnavailable, TransportUnavailable
+from p2pkv.transport.base import ArenaMemory, BlockSource, CallOff, PullRequest, PullResult, is_silence
 from p2pkv.transport.nixl_native import NativeReads
 from p2pkv.transport.nixl_process import NixlOptions, NixlProcess
 from p2pkv.transport.nixl_wire import Run
@@ -207,9 +207,8 @@ class NixlTransport:
         try:
             owner, pinned, asked_at = await self._pin(request, deadline)
         except P2PKVError as error:
-            status = Status.TIMEOUT if is_silence(error) else Status.UNREACHABLE
-            status = Status.BUSY if isinstance(error, Busy) else status
-            return PullResult([status] * len(request.hashes), 0, str(error), setup_s=time.monotonic() - began)
+            setup_s = time.monotonic() - began
+            return PullResult([_status_of(error)] * len(request.hashes), 0, str(error), setup_s=setup_s)
         waited_s, setup_s = time.monotonic() - asked_at, asked_at - began
         if owner.inline:
             self._on_inline(request.node)
@@ -219,27 +218,45 @@ class NixlTransport:
         if not landing.runs:
             self._release(request.node, pinned.lease)
             return PullResult(statuses, 0, "the peer's blocks are not as long as the layout says")
+        call_off = CallOff()
+        request.call_off.on_call(call_off)
+        watch = asyncio.get_running_loop().create_task(self._watch(request.node, landing, call_off))
         try:
             outcome = await self.process.read(
-                owner.name,
-                landing.runs,
-                max(0.001, deadline - time.monotonic()),
-                landing.on_progress,
-                request.call_off,
+                owner.name, landing.runs, max(0.001, deadline - time.monotonic()), landing.on_progress, call_off
             )
-            landing.on_progress(outcome.done_bytes)
-        except Busy as error:
-            landing.fail(Status.BUSY)
+        except P2PKVError as error:  # nothing was begun: no room for it, or the peer's blocks have no bytes
+            landing.fail(_status_of(error))
             return PullResult(statuses, 0, str(error))
+        else:
+            landing.on_progress(outcome.done_bytes)
         finally:
+            watch.cancel()
             self._release(request.node, pinned.lease)
         self.stats.reads += 1
         self.stats.bytes_read += outcome.done_bytes
         if outcome.error is None:
             return PullResult(statuses, outcome.done_bytes, waited_s=waited_s, setup_s=setup_s)
-        landing.fail(Status.TIMEOUT if isinstance(outcome.error, DeadlineExceeded) else Status.UNREACHABLE)
+        landing.fail(Status.TIMEOUT if landing.silent else _status_of(outcome.error))
         unsafe = landing.touched_by(outcome.open)
         return PullResult(statuses, outcome.done_bytes, str(outcome.error), unsafe, outcome.read_id, waited_s, setup_s)
+
+    async def _watch(self, node: int, landing: _Landing, call_off: CallOff) -> None:
+        """Call a read off that nobody is left at the other end of. What NIXL tells is whole pieces, and a slow link may
+        take long for one; so when none has come for long, the owner is asked for nothing, to see whether it answers."""
+        while True:
+            seen = landing.landed
+            await asyncio.sleep(self._stall_s)
+            link = self._network.link(node)
+            if landing.landed > seen or link is None:  # who breaks off is noticed elsewhere
+                continue
+            try:
+                await link.request(Pin(0, [], 0, False), self._stall_s)
+            except P2PKVError as error:
+                if is_silence(error) and landing.landed == seen:
+                    landing.silent = True
+                    call_off()
+                    return
 
     async def _pin(self, request: PullRequest, deadline: float) -> tuple[_Owner, Pinned, float]:
         """A lease, and a connection to the very NIXL process that it names; once more if that has been replaced.
@@ -326,7 +343,7 @@ class NixlTransport:
     async def _connect_once(self, node: int, link: Link) -> _Owner:
         ours, began = self.process.ready, time.monotonic()
         if ours is None:
-            raise PeerUnavailable("our NIXL process is being restarted")
+            raise TransportUnavailable("our NIXL process is being restarted")
         reply = await link.request(NixlConnect(ours, int(CONNECT_S * 1000)), min(CONNECT_S, self._stall_s))
         assert isinstance(reply, NixlEndpointReply)
         if reply.endpoint is None:
@@ -401,6 +418,15 @@ class NixlTransport:
         return NixlEndpointReply(endpoint)
 
 
+def _status_of(error: P2PKVError) -> Status:
+    """Of the blocks that an attempt did not bring: what it says of the peer."""
+    if isinstance(error, Busy):
+        return Status.BUSY
+    if isinstance(error, TransportUnavailable):  # our own NIXL process: no fault of the peer's
+        return Status.LOST
+    return Status.TIMEOUT if is_silence(error) else Status.UNREACHABLE
+
+
 class _Landing:
     """The blocks of one read as they land: which bytes along the runs belong to which, and their checksums so far."""
 
@@ -420,6 +446,8 @@ class _Landing:
                 continue
             self._wanted.append(i)
             self.runs.append(Run(extent.offset, destination.offset, extent.length))
+        self.silent = False  # the owner has not answered for long
+        self.landed = 0  # bytes along the runs
         self._next = 0  # position in _wanted of the block that is being checksummed
         self._hashed = 0  # bytes of it that are
         self._before = 0  # bytes of the blocks before it
@@ -427,6 +455,7 @@ class _Landing:
 
     def on_progress(self, done_bytes: int) -> None:
         """The first ``done_bytes`` bytes along the runs have landed: checksum them while they are in the cache."""
+        self.landed = done_bytes
         while self._next < len(self._wanted):
             i = self._wanted[self._next]
             extent = self._request.destinations[i]

@@ -45,13 +45,14 @@ class HostedAgent(AgentProcess):
 class Hosts:
     """So many hosts with an agent each, of one cell with a key. A context manager."""
 
-    def __init__(self, count: int, **settings: object) -> None:
+    def __init__(self, count: int, transport: str = "tcp", **settings: object) -> None:
         self.network = Network(count)
         self.cluster = Cluster()
         self.agents: list[HostedAgent | None] = [None] * count
         self.caches: list[Cache | None] = [None] * count
         self.stored: list[list[bytes]] = [[] for _ in range(count)]
         self.layout: Layout = make_layout(BLOCK_BYTES)
+        self._transport = transport
         self._settings = settings
         self._keys = self.cluster.directory / "keys"
         keyfile.write(self._keys, Keyring([Key(secrets.token_bytes(KEY_BYTES))]))
@@ -74,7 +75,7 @@ class Hosts:
             "state_dir": state, "peer.host": self.network.address(host), "peer.port": PORT, "peer.keys": self._keys,
             "peer.hold_ms": 0, **self._settings, **settings,
         }  # fmt: skip
-        arguments = ["--capacity", "32MiB", "--transport", "tcp", "--http-port", "0"]
+        arguments = ["--capacity", "32MiB", "--transport", self._transport, "--http-port", "0"]
         for key, value in pairs.items():
             arguments += ["--set", f"{key}={value}"]
         for seed in (0, 1):

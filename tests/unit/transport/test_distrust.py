@@ -36,9 +36,10 @@ def test_a_second_bad_answer_begins_the_time_anew() -> None:
     assert not distrust.anybody(7, KEY)
 
 
-def test_the_oldest_gives_way_when_there_are_too_many(monkeypatch: object) -> None:
+def test_the_oldest_gives_way_when_there_are_too_many_and_whoever_adds_hears_of_it() -> None:
     distrust = Distrust()
-    for i in range(module.BLOCKS_MAX + 10):
-        distrust.add(i, 7, KEY, float(i))
+    gone = [distrust.add(i, 7, KEY, float(i)) for i in range(module.BLOCKS_MAX + 10)]
+    assert gone == [None] * module.BLOCKS_MAX + [(i, 7, KEY) for i in range(10)]
+    assert distrust.add(module.BLOCKS_MAX, 7, KEY, 1e6) is None, "what is there already needs no room"
     assert len(distrust) == module.BLOCKS_MAX
     assert not distrust.has(9, 7, KEY) and distrust.has(10, 7, KEY) and distrust.anybody(7, KEY)

@@ -44,6 +44,53 @@ def test_transfers_teach_the_pace_and_the_first_byte() -> None:
     assert found.spread < 0.05 and found.busy_s == 0.0
 
 
+@pytest.mark.parametrize("apart_s", [0.0, 0.001, 0.1])
+def test_transfers_side_by_side_teach_the_pace_of_all_of_them(apart_s: float) -> None:
+    """Two of 100 MB through 1 GB/s take 0.2 s together, whether they end in the same moment or not."""
+    known = Estimates(stranger)
+    size, piece, now = 100_000_000, 1_000_000, 0.0
+    for _ in range(10):
+        known.begin(A, size, now)
+        known.begin(A, size, now + apart_s)
+        first, second, began, at = size, size, now, now
+        while first or second:  # blocks of each in turn, at 1 GB/s
+            at += piece / 1e9
+            if first and (first >= second or not second):
+                first -= piece
+                known.landed(A, piece)
+                if first == 0:
+                    known.end(A, 0, Moved(0.0, at - began, size, size), at)
+            else:
+                second -= piece
+                known.landed(A, piece)
+                if second == 0:
+                    known.end(A, 0, Moved(0.0, at - began - apart_s, size, size), at)
+        now = at + 1.0
+    found = known.of(A, now)
+    assert found.bytes_per_s == pytest.approx(1e9, rel=0.1)
+    assert found.busy_s == 0.0
+
+
+def test_a_small_pull_of_somebody_else_beside_a_large_one_does_not_make_it_look_quick() -> None:
+    """The lane's are told of when they have ended, with nothing of them told before."""
+    known = Estimates(stranger)
+    pull(known, A, 100_000_000, 1e9, 0.0)
+    known.begin(A, 100_000_000, 1.0)
+    known.landed(A, 98_000_000)
+    known.begin(A, 0, 1.098)
+    known.end(A, 0, Moved(0.0005, 0.001, 65_536), 1.098)
+    known.landed(A, 2_000_000)
+    known.end(A, 0, Moved(0.0, 0.1, 100_000_000, 100_000_000), 1.1)
+    assert known.of(A, 1.1).bytes_per_s == pytest.approx(1e9, rel=0.1)
+
+
+def test_failures_alone_are_not_written_down_as_something_known() -> None:
+    known = Estimates(stranger)
+    known.begin(A, MIB, 0.0)
+    known.end(A, MIB, None, 1.0)
+    assert known.kept(1.0) == []
+
+
 def test_one_small_transfer_changes_little() -> None:
     known = Estimates(stranger)
     pull(known, A, 64 * MIB, 1e9, 0.0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from p2pkv.transport.base import PullRequest, PullResult
 from p2pkv.transport.breaker import Fault
-from p2pkv.transport.deal import TRIES_MAX
+from p2pkv.transport.deal import HORIZON_BLOCKS, TRIES_MAX
 from p2pkv.transport.estimates import Estimates
 from p2pkv.transport.fetch import Fetcher
 from p2pkv.transport.peers import Peers
@@ -402,3 +402,96 @@ def test_whatever_peers_do_every_block_is_reported_once_and_every_slot_is_closed
         assert bench.tidy()
 
     asyncio.run(run())
+
+
+async def test_what_somebody_waits_for_does_not_wait_behind_what_nobody_waits_for() -> None:
+    """Brought ahead of need, and not let in yet, when a caller comes that needs it: it has that caller's place now."""
+    room = 32 * LENGTH  # a piece of two blocks fits into its eighth
+    bench = Bench(gives(), in_flight_bytes=room)
+    admission = bench.fetcher.admission
+    assert admission.take("first", room, lambda: None)
+    ahead = bench.fetcher.fetch(NS, KEYS[:2], 5.0, lambda position, status: None, background=True)
+    await asyncio.sleep(0)
+    waiting = asyncio.ensure_future(bench.fetch(KEYS[:2]))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not admission.take("came later, and waits on", room, lambda: None)
+    admission.give_back(room)
+    assert await asyncio.wait_for(waiting, 2.0) == [Status.OK] * 2
+    await ahead
+    assert admission.used_bytes == 0 and admission.waiting == 1 and bench.tidy()
+
+
+async def test_what_is_brought_ahead_of_need_leaves_room_for_others() -> None:
+    ended = asyncio.Event()
+
+    async def waits(request: PullRequest) -> PullResult:
+        await ended.wait()
+        return await gives()(request)
+
+    bench = Bench(waits)
+    bench.fetcher.blocks_max = 4
+    reported: dict[int, Status] = {}
+    ahead = bench.fetcher.fetch(NS, KEYS[:4], 5.0, reported.__setitem__, background=True)
+    waiting = asyncio.ensure_future(bench.fetch(KEYS[4:6]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert reported == {2: Status.BUSY, 3: Status.BUSY}
+    ended.set()
+    assert await waiting == [Status.OK] * 2
+    await ahead
+
+
+async def test_a_fetch_that_is_cancelled_calls_off_what_it_pulls_and_others_get_it_by_themselves() -> None:
+    asked = 0
+
+    async def hangs_once(request: PullRequest) -> PullResult:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            return await gives()(request)
+        called_off = asyncio.Event()
+        request.call_off.on_call(called_off.set)
+        await called_off.wait()
+        return PullResult([Status.LOST] * len(request.hashes), 0, "called off")
+
+    bench = Bench(hangs_once)
+    reported: dict[int, Status] = {}
+    first = bench.fetcher.fetch(NS, KEYS[:2], 60.0, reported.__setitem__)
+    await asyncio.sleep(0)
+    other = asyncio.ensure_future(bench.fetch(KEYS[:1], deadline_s=50.0))
+    while not asked:
+        await asyncio.sleep(0)
+    bench.fetcher.cancel(first)
+    await asyncio.wait_for(first, 1.0)
+    assert sorted(reported) == [0, 1] and Status.OK not in reported.values()
+    assert await asyncio.wait_for(other, 1.0) == [Status.OK]
+    assert bench.known.usable(1) and bench.tidy() and bench.fetcher.admission.used_bytes == 0
+    bench.fetcher.cancel(first)  # too late, and harmless
+
+
+async def test_a_fetch_that_waits_for_others_can_be_cancelled_too() -> None:
+    bench = Bench(gives(after_s=0.2))
+    first = asyncio.ensure_future(bench.fetch(KEYS[:2]))
+    await asyncio.sleep(0)
+    second = bench.fetcher.fetch(NS, KEYS[:2], 60.0, lambda position, status: None)
+    await asyncio.sleep(0)
+    bench.fetcher.cancel(second)
+    await asyncio.wait_for(second, 0.1)
+    assert await first == [Status.OK] * 2
+
+
+async def test_stopping_ends_what_is_under_way_long_before_its_deadline() -> None:
+    bench = Bench(gives(), in_flight_bytes=LENGTH)
+    assert bench.fetcher.admission.take("whoever never gives it back", LENGTH, lambda: None)
+    fetching = bench.fetcher.fetch(NS, KEYS, 600.0, lambda position, status: None)
+    await asyncio.sleep(0)
+    await asyncio.wait_for(bench.fetcher.stop(), 1.0)
+    assert fetching.done() and bench.tidy()
+
+
+async def test_a_long_chain_none_of_which_finds_a_slot_is_told_so_at_once() -> None:
+    """Longer than what is dealt out at once (HORIZON_BLOCKS)."""
+    bench = Bench(gives(), room=0)
+    keys = [i.to_bytes(8, "big") for i in range(HORIZON_BLOCKS + 80)]
+    assert set(await asyncio.wait_for(bench.fetch(keys, deadline_s=60.0), 5.0)) == {Status.NO_SPACE}
