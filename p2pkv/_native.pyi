@@ -294,13 +294,20 @@ class Gets:
         """Copy blocks to these addresses, if all of them are in the arena; None, and nothing was done, if not.
 
         Up to 4 MiB are copied now: per key 1 where the block's bytes are there. More goes on (True): the memory has to
-        stay until the job has come out of :meth:`copied`, or :meth:`call_off_copies` has returned."""
+        stay until the job has come out of :meth:`copied`, or :meth:`call_off_copies` or :meth:`end_copies` has
+        returned. None as well after :meth:`end_copies`, and where the system gives no thread."""
 
     def copied(self) -> list[tuple[int, bytes]]:
         """Jobs that are done: per key 1 where the block's bytes are there."""
 
     def call_off_copies(self) -> None:
-        """Give up what is not begun and wait for what is, a block per thread: then nothing is copied any more."""
+        """Give up what is not begun and wait for what is, a block per thread; not for what begins meanwhile."""
+
+    def end_copies(self) -> None:
+        """Likewise, and nothing is begun any more: then nothing is copied."""
+
+    def wake_copied(self) -> None:
+        """Wake whoever watches :attr:`copied_fd`, with a job of number 0 that does not exist."""
 
     def get_here(
         self, namespace: int, keys: Sequence[bytes], buffers: Sequence[Any], block_bytes: int

@@ -295,10 +295,11 @@ class Agent:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self.service.tick()
-            self.suspicion.tick()
-            self.kept_estimates.tick()
-            self.remembered.tick()
+            for tick in (self.service.tick, self.suspicion.tick, self.kept_estimates.tick, self.remembered.tick):
+                try:
+                    tick()
+                except Exception:  # a bug there must not end the others' work: leases have to expire
+                    log.exception("%s failed", tick.__qualname__)
 
     async def _remember(self) -> None:
         await self.remembered.load(self.network.peers)
@@ -351,8 +352,7 @@ class Agent:
         deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline and (self.engines.in_flight or self._leases()):
             await asyncio.sleep(0.02)
-        self.kept_estimates.save()
-        await self.remembered.stop(SAVE_S)
+        await asyncio.gather(self.kept_estimates.stop(SAVE_S), self.remembered.stop(SAVE_S))
         saving.cancel()
         await self._exits.aclose()
         log.info("stopped")

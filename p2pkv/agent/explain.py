@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from p2pkv.agent.http_types import PlanAnswer, PlanRun, PlanSource
+from p2pkv.agent.worth import PLAN_BLOCKS_MAX
 from p2pkv.transport.plan import Limit, Plan, Prefill, Source
 from p2pkv.types import Layout, NodeId
 
@@ -22,23 +23,28 @@ def explain(agent: Agent, asked: Iterable[tuple[Layout, list[bytes]]], *, prefil
     answers = []
     for layout, hashes in asked:
         prefill = service.paces.get(layout.namespace) if prefill_ms is None else Prefill(prefill_ms / 1e3)
-        sources = service.sources(layout.namespace, hashes)
+        sources = service.sources(layout.namespace, hashes[:PLAN_BLOCKS_MAX])
         assert service.worth is not None
         planned = service.worth.plan(sources, block_bytes=layout.block_bytes, prefill=prefill, deadline_s=math.inf)
-        answers.append(_answer(agent, layout, sources, planned, prefill))
+        answers.append(_answer(agent, layout, len(hashes), sources, planned, prefill))
     return answers
 
 
 def _answer(
-    agent: Agent, layout: Layout, sources: Sequence[Sequence[Source]], planned: Plan, prefill: Prefill | None
+    agent: Agent,
+    layout: Layout,
+    blocks: int,
+    sources: Sequence[Sequence[Source]],
+    planned: Plan,
+    prefill: Prefill | None,
 ) -> PlanAnswer:
     return PlanAnswer(
         namespace=f"{layout.namespace:016x}",
-        blocks=len(sources),
+        blocks=blocks,
         block_bytes=layout.block_bytes,
         block_tokens=layout.block_tokens,
         stop=planned.stop,
-        why=_why(planned, sources, prefill),
+        why=_why(planned, blocks, sources, prefill),
         pull_ms=planned.pull_s * 1e3,
         rest_ms=None if prefill is None else planned.rest_s * 1e3,
         without_ms=None if prefill is None else planned.without_s * 1e3,
@@ -81,9 +87,11 @@ def _source(agent: Agent, source: Source, blocks: int) -> PlanSource:
     )
 
 
-def _why(planned: Plan, sources: Sequence[Sequence[Source]], prefill: Prefill | None) -> str:
+def _why(planned: Plan, blocks: int, sources: Sequence[Sequence[Source]], prefill: Prefill | None) -> str:
     if planned.limit is Limit.NOBODY and planned.stop < len(sources) and sources[planned.stop]:
         return "who has the next block does not answer now"
+    if planned.limit is Limit.COMPLETE and blocks > len(sources):
+        return f"the first {len(sources)} blocks are in it; a plan looks no further, and what is behind them comes, too"
     if planned.limit is Limit.COMPLETE and prefill is None:
         return "all blocks are in it; what computing them would take is not known"
     return planned.limit.value

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from p2pkv.errors import P2PKVError
+from p2pkv.errors import Busy, InvalidArgument, P2PKVError, RemoteProtocolError
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.store.dram import DramStore
 from p2pkv.types import NodeId, mix64
@@ -57,7 +57,27 @@ class HotAnswers:
         assert isinstance(hot, Hot)
         if not hot.after:
             await self._count_marks(hot.namespace)
-        return HotKeys(self._store.hot(hot.namespace, min(hot.blocks_max, HOT_MAX), hot.after))
+        return HotKeys((await self._next(hot.namespace, hot.after))[: hot.blocks_max])
+
+    async def _next(self, namespace: int, after: bytes) -> list[bytes]:
+        """What comes after a key; none: that was all. Other namespaces' blocks between are passed over, look by look.
+
+        Raises:
+            InvalidArgument: the key is not here any more, so nobody knows what comes after it.
+            Busy: blocks are used so fast that there is no getting past them.
+        """
+        store = self._store
+        begin = place = store.place_of(namespace, after) if after else b""
+        blocks = sum(store.count(layout.namespace) for layout in store.layouts())
+        for _ in range(2 + 2 * blocks // HOT_MAX):  # a look is at HOT_MAX blocks or more: all of them, twice
+            look = store.look_hot(namespace, HOT_MAX, place)
+            if look is None and place == begin:
+                raise InvalidArgument("the block to go on from is not here any more", hint="Ask from the beginning.")
+            if look is not None and (look.keys or not look.place):
+                return look.keys
+            place = begin if look is None else look.place
+            await asyncio.sleep(0)
+        raise Busy("what was used last changes faster than it can be told")
 
     async def _count_marks(self, namespace: int) -> None:
         """Engines read by themselves and only leave a mark; that is a use like any other."""
@@ -85,6 +105,7 @@ class HotPeers:
             and any(layout.namespace == namespace for layout in peer.card.layouts)
         ]
         self._after = dict.fromkeys(sorted(having, key=lambda node: mix64(node ^ salt))[:PEERS_MAX], b"")
+        self._again: set[int] = set()
         self.asked = len(self._after)
         """Peers that were to be asked."""
 
@@ -94,7 +115,10 @@ class HotPeers:
         return len(self._after)
 
     async def page(self) -> list[bytes]:
-        """What comes next, ranked; none: that was all. A peer that does not answer is not asked again."""
+        """What comes next, ranked; none, and no peer :attr:`left`: that was all.
+
+        A peer that does not answer is not asked again. One that has lost its place begins anew, once.
+        """
         pages = await asyncio.gather(*(self._ask(node) for node in list(self._after)))
         return rank(pages)
 
@@ -104,6 +128,10 @@ class HotPeers:
             answer = await link.request(Hot(self._namespace, HOT_MAX, self._after[node]), ASK_S)
         except P2PKVError as error:
             log.info("%s does not say what it used last: %s", NodeId(node), error)
+            if isinstance(error, RemoteProtocolError) and self._after[node] and node not in self._again:
+                self._again.add(node)  # it has answered: what we went on from may have gone there
+                self._after[node] = b""
+                return []
             answer = None
         if not isinstance(answer, HotKeys) or not answer.hashes:
             del self._after[node]

@@ -2,12 +2,16 @@
 
 A hint like any other: a file that is missing, damaged, old or from another version costs nothing but what would be
 learnt again from the first pulls.
+
+On the event loop, apart from the writing: a thread of its own does that, and nobody waits for a disk that hangs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +30,7 @@ BYTES_MAX: Final = 4 << 20
 AGE_MAX_S: Final = 86_400.0
 SAVE_S: Final = 60.0
 """How often it is written: what is newer is learnt again by a pull or two."""
+POLL_S: Final = 0.005
 
 
 class _File(msgspec.Struct):
@@ -35,14 +40,28 @@ class _File(msgspec.Struct):
 
 
 class KeptEstimates:
-    """One agent's file. ``directory`` None: nothing is kept."""
+    """One agent's file.
 
-    def __init__(self, directory: Path | None, peers: Peers, clock: Callable[[], float] = time.time) -> None:
+    Args:
+        directory: None: nothing is kept.
+        clock: says when it is time to write again; monotonic.
+        wall: Unix seconds, for the file: they mean the same after a restart.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        peers: Peers,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         self._path = directory / FILE if directory is not None else None
         self._peers = peers
         self._clock = clock
+        self._wall = wall
         self._saved_at = clock()
-        self._saved: list[Kept] = []
+        self._writer: threading.Thread | None = None
 
     def load(self) -> int:
         """Take over what was written down; of how many sources."""
@@ -57,7 +76,7 @@ class KeptEstimates:
         except (OSError, msgspec.DecodeError) as error:
             log.warning("what was known of peers' links cannot be read, and is learnt anew: %s", error)
             return 0
-        away_s = self._clock() - kept.written_at
+        away_s = self._wall() - kept.written_at
         if kept.version != VERSION or not 0 <= away_s <= AGE_MAX_S:
             return 0
         return self._peers.restore([one._replace(age_s=one.age_s + away_s) for one in kept.sources])
@@ -68,14 +87,46 @@ class KeptEstimates:
             self.save()
 
     def save(self) -> None:
-        """Write down what is known; a failure is logged, and costs nothing now."""
+        """Begin to write down what is known, unless the last time is still under way. A failure is logged, and costs
+        nothing now."""
         self._saved_at = self._clock()
         kept = self._peers.kept()
         if self._path is None or not kept:
             return
-        beside = self._path.with_suffix(".new")
+        if self._under_way:
+            log.warning("what is known of peers' links is not written down: the last attempt has not ended yet")
+            return
+        file = _File(VERSION, self._wall(), kept)
+        writer = threading.Thread(target=_write, args=(self._path, file), name="p2pkv-estimates", daemon=True)
         try:
-            beside.write_bytes(msgspec.json.encode(_File(VERSION, self._saved_at, kept)))
-            os.replace(beside, self._path)
-        except OSError as error:
+            writer.start()
+        except RuntimeError as error:  # no more threads
             log.warning("what is known of peers' links cannot be written down: %s", error)
+        else:
+            self._writer = writer
+
+    async def stop(self, deadline_s: float) -> None:
+        """Write it down once more; in bounded time, whatever the disk does. Nothing begins afterwards."""
+        deadline = time.monotonic() + deadline_s
+        await self._written(deadline)
+        self.save()
+        self._path = None
+        await self._written(deadline)
+
+    @property
+    def _under_way(self) -> bool:
+        return self._writer is not None and self._writer.is_alive()
+
+    async def _written(self, deadline: float) -> None:
+        while self._under_way and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+
+
+def _write(path: Path, file: _File) -> None:
+    """In a thread that the interpreter does not wait for at its end."""
+    beside = path.with_suffix(".new")
+    try:
+        beside.write_bytes(msgspec.json.encode(file))
+        os.replace(beside, path)
+    except OSError as error:
+        log.warning("what is known of peers' links cannot be written down: %s", error)

@@ -86,9 +86,16 @@ class Sources:
         known = self.peers.estimate(source)
         self._transports.tcp.pool.expect(source.node, known.first_byte_s, (1.0 + known.spread) / known.bytes_per_s)
 
+    def _hidden(self, node: int) -> bool:
+        """Whether nothing of it is shown: nobody asks it, and nobody else would end its probe if it never came back."""
+        peer = self._network.peer(node)
+        return peer is None or not peer.alive
+
     def _on_open(self, node: int) -> None:
         self._transports.tcp.pool.drop(node)  # what is idle there will not answer either
-        if node not in self._probing:
+        if self._hidden(node):  # a pull from before that; when the node is back, it is asked as any other
+            self.peers.forget(node)
+        elif node not in self._probing:
             log.warning("%016x does not answer pulls; it is not asked before a probe has gone through", node)
             task = asyncio.get_running_loop().create_task(self._probe(node))
             self._probing[node] = task
@@ -101,15 +108,25 @@ class Sources:
     async def _probe(self, node: int) -> None:
         while not self.peers.usable(node):
             await asyncio.sleep(LOOK_S)
+            if self._hidden(node):
+                self.peers.forget(node)
+                return
             if not self.peers.worth_a_probe(node):
                 continue
-            request = PullRequest(node, 0, [os.urandom(16)], [Extent(0, 0)], PROBE_S, _ignore, CallOff())
-            result = await self._transports.pick(node).pull(request)
-            if result.statuses[0] in (Status.TIMEOUT, Status.UNREACHABLE, Status.LOST):
+            if await self._try_out(node) in (Status.TIMEOUT, Status.UNREACHABLE, Status.LOST):
                 self.peers.silent(node)
             else:  # any answer will do; that it does not have the block is the one expected
                 self.peers.good(node)
                 log.info("%016x answers again", node)
+
+    async def _try_out(self, node: int) -> Status:
+        """What comes of a tiny request."""
+        request = PullRequest(node, 0, [os.urandom(16)], [Extent(0, 0)], PROBE_S, _ignore, CallOff())
+        try:
+            return (await self._transports.pick(node).pull(request)).statuses[0]
+        except Exception:  # a bug in a transport: without a probe that goes on, the node would never be asked again
+            log.exception("the probe of %016x failed", node)
+            return Status.LOST
 
 
 def _ignore(index: int, status: Status, checksum: bytes) -> None:

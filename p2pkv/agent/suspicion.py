@@ -93,8 +93,10 @@ class Suspicion:
         """What a node sent for these failed the checksum."""
         now = self._clock()
         for key in keys:
-            self.distrust.add(node, namespace, key, now)
+            oldest = self.distrust.add(node, namespace, key, now)
             self._on_change(namespace, key, True)
+            if oldest is not None:
+                self._lifted(*oldest[1:])
         peer = self._network.peer(node)
         if peer is None or FEATURE not in peer.card.features or len(self._telling) >= TELLING_MAX:
             return

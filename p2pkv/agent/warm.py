@@ -12,13 +12,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from p2pkv.agent.hot import FEATURE, HotPeers
 from p2pkv.agent.service import CacheService
-from p2pkv.errors import Busy, P2PKVError
+from p2pkv.errors import Busy, InvalidArgument, LayoutMismatch, OutOfSpace, P2PKVError
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.types import Layout, Status
 from p2pkv.wire.engine import Done, Warm, Warming
@@ -66,6 +66,23 @@ class _Run:
         self.bytes_pulled = 0
         self.complete = False
         self.why = ""
+        self.kept: set[Layout] = set()
+        self.left_out: dict[Layout, str] = {}
+        """Layouts that cannot be kept here, and why."""
+
+
+def _step(block_bytes: int) -> int:
+    """Blocks of a batch."""
+    return max(1, BATCH_BYTES // block_bytes)
+
+
+class _Filled(NamedTuple):
+    """What became of a batch, in blocks: each was here, was asked for, or had no room."""
+
+    here: int
+    asked: int
+    came: int
+    no_room: int
 
 
 class Ahead:
@@ -86,6 +103,8 @@ class Ahead:
         self._run: _Run | None = None
         self._warming: asyncio.Task[None] | None = None
         self._replicating: set[asyncio.Task[None]] = set()
+        self._promised_bytes = 0  # of proposals that were begun and have not come yet
+        self._filling = asyncio.Lock()
         self.stats = WarmStats()
         network.on(Replicate, self._on_replicate)
 
@@ -128,11 +147,20 @@ class Ahead:
         await asyncio.wait([fetcher.fetch(namespace, wanted, deadline_s, on_fetched, background=True)])
         return statuses
 
-    def _room(self, namespace: int) -> int:
+    def _room(self, namespace: int, promised_bytes: int = 0) -> int:
         """Blocks that fit without any other having to go."""
         stats = self._service.store.stats()
-        free = stats.free_bytes - int(ROOM_LEFT * stats.capacity_bytes)
+        free = stats.free_bytes - int(ROOM_LEFT * stats.capacity_bytes) - promised_bytes
         return max(0, free) // max(1, self._service.block_bytes(namespace))
+
+    async def _fill(self, namespace: int, keys: Sequence[bytes], deadline_s: float) -> _Filled:
+        """Pull a batch as far as memory is free now. One at a time: several would take the same room for theirs."""
+        async with self._filling:
+            present = self._service.store.present(namespace, keys)
+            missing = [key for key, here in zip(keys, present, strict=True) if not here]
+            asked = missing[: self._room(namespace)]
+            statuses = await self._pull(namespace, asked, deadline_s)
+        return _Filled(sum(present), len(asked), statuses.count(Status.OK), len(missing) - len(asked))
 
     # --- replicas elsewhere
 
@@ -170,21 +198,34 @@ class Ahead:
             service.adopt(layout)
         present = service.store.present(namespace, proposal.hashes)
         missing = [key for key, here in zip(proposal.hashes, present, strict=True) if not here]
-        missing = missing[: self._room(namespace)]
+        missing = missing[: self._room(namespace, self._promised_bytes)]
         if not missing:
             return Replicated(sum(present), 0)
         if len(self._replicating) >= REPLICATING_MAX:
             self.stats.replicate_refused += len(missing)
             raise Busy("this node is busy with earlier proposals")
 
-        async def pull() -> None:
-            statuses = await self._pull(namespace, missing, REPLICATE_S)
-            self.stats.replicated += statuses.count(Status.OK)
-
-        task = asyncio.get_running_loop().create_task(pull())
+        block_bytes = service.block_bytes(namespace)
+        self._promised_bytes += len(missing) * block_bytes
+        task = asyncio.get_running_loop().create_task(self._pull_proposed(namespace, block_bytes, missing))
         self._replicating.add(task)
         task.add_done_callback(self._replicating.discard)
         return Replicated(sum(present), len(missing))
+
+    async def _pull_proposed(self, namespace: int, block_bytes: int, keys: list[bytes]) -> None:
+        """Pull what was promised, batch by batch, until it is here, its time is over, or others have taken the room."""
+        ends_at = self._clock() + REPLICATE_S
+        try:
+            while keys and (left_s := ends_at - self._clock()) > 0:
+                batch = keys[: _step(block_bytes)]
+                filled = await self._fill(namespace, batch, min(left_s, BATCH_S))
+                self.stats.replicated += filled.came
+                if filled.no_room:
+                    return
+                keys = keys[len(batch) :]
+                self._promised_bytes -= len(batch) * block_bytes
+        finally:
+            self._promised_bytes -= len(keys) * block_bytes
 
     def _layouts(self) -> list[Layout]:
         """What peers keep that this node could keep, too, each once; layouts that contradict ours are left out."""
@@ -227,7 +268,7 @@ class Ahead:
         try:
             async with asyncio.timeout(deadline_s):
                 run.why = await self._warm_until(run)
-                run.complete = True
+                run.complete = bool(run.kept) or not run.left_out
         except TimeoutError:
             run.why = "its time was over"
         except P2PKVError as error:
@@ -237,6 +278,9 @@ class Ahead:
             log.exception("warming up failed")
         finally:
             run.ended_at = self._clock()
+            if run.left_out:
+                first = next(iter(run.left_out.values()))
+                run.why += f"; {len(run.left_out)} of their layouts cannot be kept here: {first}"
         log.info("warmed up: %d blocks pulled, %d were here: %s", run.pulled, run.here, run.why)
 
     async def _warm_until(self, run: _Run) -> str:
@@ -250,7 +294,12 @@ class Ahead:
         seen: set[tuple[int, bytes]] = set()
         while turns:
             layout, peers = turns.pop(0)
-            namespace = self._service.adopt(layout)
+            try:
+                namespace = self._service.adopt(layout)
+            except (LayoutMismatch, InvalidArgument, OutOfSpace) as error:  # peers may keep what we cannot: go on
+                run.left_out[layout] = error.message
+                continue
+            run.kept.add(layout)
             page = [key for key in await peers.page() if (namespace, key) not in seen]
             if not page:
                 if peers.left:
@@ -267,20 +316,15 @@ class Ahead:
     async def _warm_page(self, run: _Run, namespace: int, block_bytes: int, page: list[bytes]) -> str:
         """Returns why to go no further, or nothing."""
         wanted = (run.top_bytes - run.seen_bytes) // block_bytes
-        step = max(1, BATCH_BYTES // block_bytes)
+        step = _step(block_bytes)
         for first in range(0, min(len(page), wanted), step):
-            keys = page[first : min(first + step, wanted)]
-            present = self._service.store.present(namespace, keys)
-            missing = [key for key, here in zip(keys, present, strict=True) if not here]
-            room = self._room(namespace)
-            statuses = await self._pull(namespace, missing[:room], BATCH_S)
-            good = statuses.count(Status.OK) if missing[:room] else 0
-            run.seen_bytes += (len(keys) - max(0, len(missing) - room)) * block_bytes
-            run.here += sum(present)
-            run.pulled += good
-            run.bytes_pulled += good * block_bytes
-            run.failed += len(missing[:room]) - good
-            self.stats.warmed += good
-            if room < len(missing):
+            filled = await self._fill(namespace, page[first : min(first + step, wanted)], BATCH_S)
+            run.seen_bytes += (filled.here + filled.asked) * block_bytes
+            run.here += filled.here
+            run.pulled += filled.came
+            run.bytes_pulled += filled.came * block_bytes
+            run.failed += filled.asked - filled.came
+            self.stats.warmed += filled.came
+            if filled.no_room:
                 return "there is no free memory left"
         return "that was all that was asked for" if wanted <= len(page) else ""

@@ -107,7 +107,7 @@ class Worth:
         """The rest of a chain is computed though peers have it: count, and see whether that is still right."""
         if planned.limit is not Limit.RECOMPUTE:
             return
-        self.refused_blocks += sum(bool(each) for each in sources[planned.stop :])
+        self.refused_blocks += sum(any(source.node for source in each) for each in sources[planned.stop :])
         if any(run.source.node for run in planned.runs):
             return  # what is pulled shows how they are now
         first = planned.stop  # before it is what is here

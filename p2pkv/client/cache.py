@@ -41,15 +41,16 @@ from p2pkv.errors import (
     Unavailable,
 )
 from p2pkv.light import TYPE_CHECKING, Any, Final, NamedTuple
-from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, Layout, Status, Tier
+from p2pkv.types import BLOCK_HASH_BYTES_MAX, BLOCK_HASH_BYTES_MIN, MASK64, Layout, Status, Tier
 from p2pkv.wire.engine_types import WARM_PROTOCOL, EngineType, Pace, Source
 from p2pkv.wire.frame import Frame
-from p2pkv.wire.limits import KEYS_MAX
+from p2pkv.wire.limits import KEYS_MAX, REPLICAS_MAX
 
 if TYPE_CHECKING:
     from p2pkv.client.client import AgentClient
 
 PAGE: Final = 4096
+U32_MAX: Final = 0xFFFFFFFF
 DEADLINE_MS: Final = 2_000
 PREFETCH_MS: Final = 60_000
 LATE_S: Final = 1.0
@@ -125,6 +126,7 @@ class Cache:
             AgentUnavailable: no agent.
         """
         _check_keys(keys, buffers)
+        deadline_ms = checked_ms(deadline_ms)
         views = [_bytes_view(buffer, self.layout.block_bytes, writable=False) for buffer in buffers]
         deadline = time.monotonic() + deadline_ms / 1000
         stored: list[bool] = []
@@ -189,7 +191,7 @@ class Cache:
         _check_keys(keys, buffers)
         block_bytes = self.layout.block_bytes
         views = [_bytes_view(buffer, block_bytes, writable=True) for buffer in buffers]
-        deadline_ms = max(0, int(deadline_ms))
+        deadline_ms = min(max(0, int(deadline_ms)), U32_MAX)
         deadline = time.monotonic() + deadline_ms / 1000
         try:
             connection = self._client.connection(deadline)
@@ -244,9 +246,11 @@ class Cache:
         """Have blocks in the agent's store ahead of need. True where they are there. Comes behind all gets and loads.
 
         Raises:
+            InvalidArgument: keys or a deadline that cannot be.
             AgentUnavailable, DeadlineExceeded: no agent, or no answer in time. Busy: it has too much to do.
         """
         _check_keys(keys)
+        deadline_ms = checked_ms(deadline_ms)
         deadline = time.monotonic() + deadline_ms / 1000
         connection = self._client.connection(deadline).speaking(WARM_PROTOCOL)
         answer = connection.request(Prefetch(self.namespace, list(keys), deadline_ms), deadline=deadline + LATE_S)
@@ -261,13 +265,15 @@ class Cache:
         after they have answered; :meth:`match` shows when.
 
         Raises:
-            InvalidArgument: not a node id. AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
+            InvalidArgument: not a node id, or too many of them.
+            AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
         """
         _check_keys(keys)
-        try:
-            numbers = [int(node, 16) for node in nodes]
-        except ValueError as error:
-            raise InvalidArgument("node ids are 16 hexadecimal digits", reason=error) from error
+        numbers = [_node_number(node) for node in nodes]
+        if len(numbers) > REPLICAS_MAX:
+            raise InvalidArgument(
+                "too many nodes in one call", nodes=len(numbers), limit=REPLICAS_MAX, hint="Call it for some at a time."
+            )
         if not numbers:
             return {}
         deadline = time.monotonic() + deadline_ms / 1000
@@ -290,6 +296,8 @@ class Cache:
             AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
         """
         slot_bytes = slot_bytes or self.layout.block_bytes
+        if not 0 <= slots <= U32_MAX or not 0 <= offset <= MASK64 - slots * slot_bytes:
+            raise InvalidArgument("no file holds that", offset=offset, slots=slots, slot_bytes=slot_bytes)
         if slot_bytes < self.layout.block_bytes:
             raise InvalidArgument("a slot is smaller than a block", slot=slot_bytes, block=self.layout.block_bytes)
         deadline = time.monotonic() + deadline_ms / 1000
@@ -302,7 +310,7 @@ class Cache:
             raise
         return region
 
-    # --- jobs: never wait ---
+    # --- jobs: wait for nobody ---
 
     def submit_match(self, keys: Sequence[bytes], *, deadline_ms: int = DEADLINE_MS, pace: Pace = UNKNOWN_PACE) -> int:
         """Ask who holds these blocks; the answer comes out of :meth:`AgentClient.poll`.
@@ -311,14 +319,18 @@ class Cache:
         peer has but that would come later than they are computed are answered as if nobody had them.
 
         Raises (all three submits):
+            InvalidArgument: keys, slots, or a number that cannot be.
             Busy: too much is unanswered. AgentUnavailable: not connected (a connection is being made).
         """
         _check_keys(keys)
+        _check_pace(pace)
         return self._client.submit(MatchKeys(self.namespace, list(keys), False, *pace), "match", len(keys), deadline_ms)
 
     def store(self, keys: Sequence[bytes], region: Region, slots: Sequence[int], *, deadline_ms: int = 10_000) -> int:
         """Copy slots of a region into the agent's store. They must not change until the job's result."""
         _check_keys(keys, slots)
+        _check_slots(slots)
+        deadline_ms = checked_ms(deadline_ms)
         request = Store(self.namespace, list(keys), region.number, list(slots), deadline_ms)
         return self._client.submit(request, "store", len(keys), deadline_ms)
 
@@ -332,6 +344,7 @@ class Cache:
         pace: Pace = UNKNOWN_PACE,
     ) -> int:
         """Write blocks, from this host or from peers, into slots of a region. They are the agent's until the result.
+        At most 4 MiB that are all in the agent's arena are copied before this returns.
 
         ``pace``: what computing takes this engine. What falls behind that is given up before the deadline, the rest of
         the chain with it.
@@ -339,8 +352,11 @@ class Cache:
         if (job := self._client.load_now(self, keys, region, slots)) is not None:
             return job
         _check_keys(keys, slots)
+        _check_slots(slots)
+        _check_pace(pace)
+        deadline_ms = checked_ms(deadline_ms)
         request = Load(self.namespace, list(keys), region.number, list(slots), deadline_ms, pace.block_us, pace.more_ns)
-        if slots and min(slots) >= 0 and max(slots) < region.slots and region.slot_bytes >= self.layout.block_bytes:
+        if len(slots) and max(slots) < region.slots and region.slot_bytes >= self.layout.block_bytes:
             job = self._client.load_here(request, region, self.layout.block_bytes)
             if job is not None:
                 return job
@@ -383,9 +399,10 @@ class Region:
             DeadlineExceeded: the agent has not said so in time; the memory may still be in use.
         """
         deadline = time.monotonic() + deadline_ms / 1000
+        self._unmappable = True
         self._memory = None  # what is being copied into it keeps it
         if (connection := self._client.live) is not None:
-            connection.own_loads.end()
+            connection.own_loads.call_off()
         try:
             self._client.connection(deadline).request(UnmapRegion(self.number), deadline=deadline)
         except AgentUnavailable:
@@ -459,3 +476,34 @@ def _check_keys(keys: Sequence[bytes], others: Sequence[Any] | None = None) -> N
     for key in keys:
         if not BLOCK_HASH_BYTES_MIN <= len(key) <= BLOCK_HASH_BYTES_MAX:
             raise InvalidArgument("a key is not 8 to 64 bytes", bytes=len(key))
+
+
+def checked_ms(value: float, name: str = "deadline_ms") -> int:
+    """A time as messages can say it; the agent gives a client up that says anything else, with all its jobs.
+
+    Raises:
+        InvalidArgument: it is negative, or more than seven weeks.
+    """
+    if not 0 <= value <= U32_MAX:
+        raise InvalidArgument(f"{name} is not a time", value=value, limit=U32_MAX, hint="Milliseconds, from 0 on.")
+    return int(value)
+
+
+def _check_slots(slots: Sequence[int]) -> None:
+    if len(slots) and not (min(slots) >= 0 and max(slots) <= U32_MAX):
+        raise InvalidArgument("a slot's number is none", least=min(slots), most=max(slots), hint="They count from 0.")
+
+
+def _check_pace(pace: Pace) -> None:
+    if not (min(pace) >= 0 and max(pace) <= U32_MAX):
+        raise InvalidArgument("not a pace", hint="Whole numbers from 0 (not known) on.", **pace._asdict())
+
+
+def _node_number(node: str) -> int:
+    try:
+        number = int(node, 16)
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number <= MASK64:
+        raise InvalidArgument("not a node id", node=node, hint="They are 16 hexadecimal digits, as match() names them.")
+    return number

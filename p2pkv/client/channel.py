@@ -209,29 +209,39 @@ class Channel:
     def _read_once(self, timeout_s: float, beside: int = -1) -> None:
         """As the leader: wait for bytes, take them in, dispatch, give up the lead. Enter with the lock released."""
         data: bytes | None = None
-        reason = "the agent closed it"
-        try:
-            if timeout_s > 0 and beside >= 0:
-                self._poll.register(beside, select.POLLIN)
-                self._poll.poll(timeout_s * 1000)
-                self._poll.unregister(beside)
-            elif timeout_s > 0:
-                self._poll.poll(timeout_s * 1000)
+        reason = ""
+        answered: list[tuple[OnAnswer, Answer]] = []
+        try:  # a signal's handler may raise anywhere: the lead is given up all the same
+            if timeout_s > 0:
+                self._sleep(timeout_s, beside)
+            data, reason = b"", "interrupted while it was read"  # what recv returned may be lost then
             data = self._sock.recv(RECV_BYTES)
+            reason = "the agent closed it"
         except BlockingIOError:
-            pass
+            data = None
         except (OSError, ValueError) as error:
             data, reason = b"", str(error)
-        answered: list[tuple[OnAnswer, Answer]] = []
-        with self._lock:
-            self._reading = False
-            if data == b"":
-                self._break(reason)
-            elif data:
-                self._dispatch(data, answered)
-            self._arrived.notify_all()
+        finally:
+            with self._lock:
+                self._reading = False
+                if data == b"":
+                    self._break(reason)
+                elif data:
+                    self._dispatch(data, answered)
+                self._arrived.notify_all()
         for on_answer, message in answered:
             on_answer(message)
+
+    def _sleep(self, timeout_s: float, beside: int) -> None:
+        """Until the socket is readable, or ``beside``."""
+        if beside < 0:
+            self._poll.poll(timeout_s * 1000)
+            return
+        self._poll.register(beside, select.POLLIN)
+        try:
+            self._poll.poll(timeout_s * 1000)
+        finally:
+            self._poll.unregister(beside)
 
     def _dispatch(self, data: bytes, answered: list[tuple[OnAnswer, Answer]]) -> None:
         try:

@@ -1,7 +1,8 @@
 """The engine's handle on its agent: connects lazily, reconnects by itself, never waits longer than it was allowed.
 
 Two ways to work, both thread-safe. *Blocking calls* (open, put, get_into, match) have a deadline each. *Jobs*
-(submit_match, store, load) return at once and are collected by :meth:`AgentClient.poll`: for a scheduler's step.
+(submit_match, store, load) wait for nobody and are collected by :meth:`AgentClient.poll`: for a scheduler's step. A
+load of at most 4 MiB that is all in the agent's arena is copied before it returns (half a millisecond at most).
 
 When the agent goes away, blocking calls raise :class:`AgentUnavailable` (or count as misses, where that is the answer a
 cache gives), running jobs come back with ``lost=True``, and the next use reconnects, with backoff, and tells the new
@@ -15,14 +16,14 @@ import threading
 import time
 from collections.abc import Sequence
 
-from p2pkv.client.cache import Cache, Region
+from p2pkv.client.cache import Cache, Region, checked_ms
 from p2pkv.client.connection import Connection
 from p2pkv.client.jobs import JobKind, JobResult, Jobs
 from p2pkv.client.messages import Answer, Done, Load, Open, Opened, Request, Warm, Warming
 from p2pkv.errors import AgentUnavailable, InvalidArgument, P2PKVError
 from p2pkv.light import Final
 from p2pkv.paths import default_socket_path
-from p2pkv.types import Layout
+from p2pkv.types import MASK64, Layout
 from p2pkv.wire.engine_types import WARM_PROTOCOL, Source
 
 CONNECT_MS: Final = 2_000
@@ -86,8 +87,12 @@ class AgentClient:
         background, behind all that anybody waits for. Returns at once; call it with 0 bytes to hear how it goes.
 
         Raises:
-            Busy: it is warming up already. AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
+            InvalidArgument: a number that cannot be. Busy: it is warming up already.
+            AgentUnavailable, DeadlineExceeded: no agent, or no answer in time.
         """
+        if not 0 <= top_bytes <= MASK64:
+            raise InvalidArgument("not a number of bytes", top_bytes=top_bytes, hint="0 asks how it goes.")
+        within_ms = checked_ms(within_ms, "within_ms")
         deadline = time.monotonic() + CONNECT_MS / 1000
         connection = self.connection(deadline).speaking(WARM_PROTOCOL)
         answer = connection.request(Warm(top_bytes, within_ms, stop), deadline=deadline)
@@ -113,7 +118,11 @@ class AgentClient:
             left = deadline - time.monotonic()
             if results or left <= 0 or not self._jobs.running or connection is None:
                 return results
-            connection.wait_news(left)
+            if self._jobs.falls_asleep():
+                try:
+                    connection.wait_news(left)
+                finally:
+                    self._jobs.wakes()
 
     @property
     def jobs_running(self) -> int:
@@ -209,7 +218,9 @@ class AgentClient:
         size, base = cache.layout.block_bytes, memory.address + region.offset
         if not connection.gets.load_here(cache.namespace, keys, slots, base, region.slot_bytes, region.slots, size):
             return None
-        return self._jobs.done_here(len(keys), size)
+        job_id = self._jobs.done_here(len(keys), size)
+        self._wake(connection)
+        return job_id
 
     def load_here(self, message: Load, region: Region, block_bytes: int) -> int | None:
         """A load by threads of our own, of blocks that are all in the arena. None: they are not; ask the agent.
@@ -223,18 +234,33 @@ class AgentClient:
         keys = list(message.keys)
         to = [memory.address + region.offset + slot * region.slot_bytes for slot in message.slots]
         job_id = self._jobs.begin()
+        reported = False
 
         def on_copied(statuses: bytes) -> None:
+            nonlocal reported
+            reported = True
             if any(statuses):
                 self._go_on(job_id, message)
             else:
                 done = Done(statuses, bytes([Source.LOCAL]) * len(keys), len(keys) * block_bytes, 0)
                 self._jobs.finish(job_id, "load", len(keys), done)
 
-        if connection.own_loads.begin(message.namespace, keys, memory, to, block_bytes, on_copied):
+        try:
+            begun = connection.own_loads.begin(message.namespace, keys, memory, to, block_bytes, on_copied)
+        except BaseException:
+            if not reported:
+                self._jobs.forget(job_id)
+            raise
+        if begun:
+            self._wake(connection)
             return job_id
         self._jobs.forget(job_id)
         return None
+
+    def _wake(self, connection: Connection) -> None:
+        """Whoever polls in another thread: for a result, or to watch for one, that the socket says nothing of."""
+        if self._jobs.sleepers:
+            connection.own_loads.wake()
 
     def _go_on(self, job_id: int, message: Load) -> None:
         """The agent goes on with a load of ours that found too little."""

@@ -5,6 +5,7 @@ GETs have a socket of their own (``gets``), which native code at both ends sees 
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import time
@@ -36,7 +37,16 @@ class Connection(Channel):
         gets = descriptors.pop(1)
         try:
             self.arena = memoryview(_native.Mapping(descriptors[0], self.ready.arena_bytes, False))
-            self.gets = _native.Gets(gets, self.arena, *_directory(descriptors[1:]))
+            self.gets = _gets(gets, self.arena, descriptors[1:])
+        except OSError as error:
+            sock.close()
+            os.close(gets)
+            raise AgentUnavailable(
+                "the agent's arena cannot be mapped",
+                arena_bytes=self.ready.arena_bytes,
+                reason=error.strerror,
+                hint="Is the address space of this process limited (ulimit -v)?",
+            ) from error
         except BaseException:
             sock.close()
             os.close(gets)
@@ -59,14 +69,31 @@ class Connection(Channel):
 
     def wait_news(self, timeout_s: float) -> None:
         """Sleep until something arrives or a load of our own is done, at most ``timeout_s``."""
-        if self.own_loads.running:
-            self.wait_readable(timeout_s, beside=self.own_loads.fd)
-        else:
-            self.wait_readable(timeout_s)
+        self.wait_readable(timeout_s, beside=self.own_loads.fd)  # another thread may begin one meanwhile
+        self.own_loads.pump()
 
     def _break(self, reason: str) -> None:
         super()._break(reason)
         self.gets.close(reason)
+
+
+def _gets(fd: int, arena: memoryview, directory: list[int]) -> _native.Gets:
+    """With the arena's directory, if the agent gave one that can be used: without one, it is asked for everything."""
+    try:
+        return _native.Gets(fd, arena, *_directory(directory))
+    except (ValueError, OSError, RuntimeError) as error:
+        if not directory:
+            raise
+        _log_unusable(str(error))
+    return _native.Gets(fd, arena)
+
+
+@functools.cache
+def _log_unusable(reason: str) -> None:
+    """Once per reason, however often a client reconnects."""
+    import logging  # engines import it themselves; nobody else pays for it
+
+    logging.getLogger("p2pkv.client").warning("the directory of the agent's arena is not used: %s", reason)
 
 
 def _directory(descriptors: list[int]) -> list[_native.Mapping]:

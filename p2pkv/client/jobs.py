@@ -50,6 +50,7 @@ class Jobs:
         self._ids = itertools.count(1)
         self._finished: deque[JobResult] = deque(maxlen=FINISHED_MAX)
         self.running = 0
+        self.sleepers = 0
 
     def begin(self) -> int:
         """Count a job in."""
@@ -97,6 +98,18 @@ class Jobs:
         with self._lock:
             self.running -= 1
             self._finished.append(result)
+
+    def falls_asleep(self) -> bool:
+        """Somebody is about to sleep until a result is there, and counts in :attr:`sleepers` until :meth:`wakes`.
+        False: there is one already."""
+        with self._lock:
+            self.sleepers += not self._finished
+            return not self._finished
+
+    def wakes(self) -> None:
+        """After :meth:`falls_asleep` said True."""
+        with self._lock:
+            self.sleepers -= 1
 
     def take(self) -> list[JobResult]:
         """Every result that has not been taken yet, oldest first."""

@@ -134,7 +134,8 @@ class Warm(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """The arena's descriptor comes along, and that of a channel for GET, if the agent has one."""
+    """With it come two descriptors, the arena's and that of a socket for GET, or four: those of the arena's directory
+    (table and marks) too."""
 
     protocol: U32
     node: U64

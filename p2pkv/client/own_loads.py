@@ -54,13 +54,20 @@ class OwnLoads:
         block_bytes: int,
         on_copied: OnCopied,
     ) -> bool:
-        """Copy blocks to these addresses of ``memory``, if all are here. False: they are not; nothing is done."""
+        """Copy blocks to these addresses of ``memory``, if all are here. False: they are not, or this has ended;
+        nothing is done. After an exception nothing goes on, and nothing will be reported."""
         with self._lock:
             if len(self._jobs) >= OPEN_MAX:
                 return False
             job, self._next = self._next, self._next + 1
             self._jobs[job] = _Job(memory, on_copied)
-        came = self._gets.copy_here(job, namespace, keys, to, block_bytes)
+        try:
+            came = self._gets.copy_here(job, namespace, keys, to, block_bytes)
+        except BaseException:
+            self._gets.call_off_copies()  # if that was a signal's handler, it may have begun
+            with self._lock:
+                self._jobs.pop(job, None)
+            raise
         if came is True:
             return True
         with self._lock:
@@ -74,17 +81,28 @@ class OwnLoads:
         """Report what is done."""
         for number, came in self._gets.copied():
             with self._lock:
-                job = self._jobs.pop(number)
-            job.on_copied(_statuses(came))
+                job = self._jobs.pop(number, None)
+            if job is not None:  # else somebody was to wake up only
+                job.on_copied(_statuses(came))
+
+    def wake(self) -> None:
+        """Make :attr:`fd` readable until the next :meth:`pump`."""
+        self._gets.wake_copied()
+
+    def call_off(self) -> None:
+        """Give up what is not begun, wait for the rest (a block per thread), and report all. What other threads begin
+        meanwhile goes on."""
+        self._gets.call_off_copies()
+        self.pump()
 
     def end(self) -> None:
-        """Give up what is not begun, wait for the rest (a block per thread), and report all: then nobody writes."""
-        self._gets.call_off_copies()
+        """Likewise, and for good: nothing begins any more, and nobody writes."""
+        self._gets.end_copies()
         self.pump()
 
     def __del__(self) -> None:
         if self._jobs:  # before their memory goes
-            self._gets.call_off_copies()
+            self._gets.end_copies()
 
 
 def _statuses(came: bytes) -> bytes:

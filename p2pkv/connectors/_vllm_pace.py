@@ -22,6 +22,14 @@ US_MAX: Final = 0xFFFFFFFF
 OVERHEAD_WEIGHT: Final = 0.2
 OVERHEAD_FIRST_S: Final = 0.005
 """Until a load has shown it: a scheduler's step or two."""
+OVERHEAD_FREELY_S: Final = 0.1
+OVERHEAD_TIMES: Final = 4.0
+OVERHEAD_MAX_S: Final = 0.5
+"""A load counts for as much as it took up to the first, or so many times what they took so far, and never for more than
+the last, which is more than copies to the accelerator and a step take. A request that goes on later has waited for room
+(in the batch, in KV memory), as it would have had to if its blocks had been computed."""
+OVERHEAD_HALF_LIFE_S: Final = 300.0
+"""In which what loads have shown counts half. Too large a value keeps loads away, and would stay for ever."""
 
 
 class PrefillPace:
@@ -33,7 +41,8 @@ class PrefillPace:
         self._step_at = 0.0
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of weight, position, position squared, seconds, position times seconds
         self._samples = 0
-        self._overhead_s = OVERHEAD_FIRST_S
+        self._overhead_s = OVERHEAD_FIRST_S  # as of the time
+        self._overhead_at = 0.0
 
     def stepped(self, now: float) -> None:
         """A scheduler's step is over."""
@@ -44,7 +53,10 @@ class PrefillPace:
         _keep(self._begun, request_id, now)
         loaded_at = self._loaded.pop(request_id, None)
         if loaded_at is not None:
-            self._overhead_s += OVERHEAD_WEIGHT * (now - loaded_at - self._overhead_s)
+            known_s = self._overhead(now)
+            most_s = min(max(OVERHEAD_FREELY_S, OVERHEAD_TIMES * known_s), OVERHEAD_MAX_S)
+            self._overhead_s = known_s + OVERHEAD_WEIGHT * (min(now - loaded_at, most_s) - known_s)
+            self._overhead_at = now
 
     def loaded(self, request_id: str, now: float) -> None:
         """A load that the request waits for is over: what passes from now on until it is scheduled is overhead."""
@@ -70,8 +82,12 @@ class PrefillPace:
         self._begun.pop(request_id, None)
         self._loaded.pop(request_id, None)
 
+    def _overhead(self, now: float) -> float:
+        fade: float = 0.5 ** (max(0.0, now - self._overhead_at) / OVERHEAD_HALF_LIFE_S)
+        return OVERHEAD_FIRST_S + fade * (self._overhead_s - OVERHEAD_FIRST_S)
+
     def of(self, position: int) -> Pace:
-        """The pace from the block at ``position`` of a chain on."""
+        """The pace from the block at ``position`` of a chain on, in the step after the last one."""
         weight, sum_x, sum_xx, sum_y, sum_xy = self._sums
         if self._samples < SAMPLES_MIN:
             return Pace()
@@ -83,7 +99,7 @@ class PrefillPace:
         return Pace(
             block_us=min(max(1, round(first_s * 1e6)), US_MAX),
             more_ns=min(round(slope * 1e9), US_MAX),
-            overhead_us=min(round(self._overhead_s * 1e6), US_MAX),
+            overhead_us=min(round(self._overhead(self._step_at) * 1e6), US_MAX),
         )
 
 

@@ -10,8 +10,9 @@ only: the agent moves the bytes between the region, its own memory and its peers
 
 What holds (all of it runs on the scheduler's thread, except the session's opening):
 
-* No call blocks, but the constructor (once, for the client's deadline) and :meth:`P2PKVTier.drain_jobs`; and a step's
-  lookups may wait for a millisecond in all (``lookup_wait_ms``), since to be answered a step later costs far more.
+* No call waits for anybody, but the constructor (once, for the client's deadline) and :meth:`P2PKVTier.drain_jobs`; and
+  a step's lookups may wait for a millisecond in all (``lookup_wait_ms``), since to be answered a step later costs far
+  more. A load of at most 4 MiB that is all in the agent's arena is copied within the call: half a millisecond at most.
 * A request is asked for with one message; until the answer is there its keys are RETRY, after the deadline MISS.
 * Whatever fails (no agent, queue full, job lost, block gone) becomes a MISS that vLLM computes, or a block not stored.
 * A job stays open until its end is certain, because until then the agent may touch vLLM's slots: a load that the agent

@@ -100,6 +100,7 @@ nb::object get_here(HeldGets& self, uint64_t space, nb::list keys, nb::list buff
     if (self.directory == nullptr || count == 0 || count > kHereMax || nb::len(buffers) != count) return nb::none();
     if (!self.gets.lives()) return nb::none();
     std::array<std::string_view, kHereMax> names;
+    std::array<nb::object, kHereMax> held_keys;  // another thread may change the list meanwhile
     std::array<Py_buffer, kHereMax> views;
     size_t held = 0;
     bool good = true;
@@ -110,6 +111,7 @@ nb::object get_here(HeldGets& self, uint64_t space, nb::list keys, nb::list buff
             PyErr_Clear();
             break;
         }
+        held_keys[held] = nb::borrow(key);
         names[held] = {PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key))};
         good = static_cast<uint64_t>(views[held].len) == block_bytes;
     }
@@ -160,9 +162,9 @@ bool load_here(HeldGets& self, uint64_t space, nb::handle keys, nb::handle slots
 }
 
 // Copy these blocks to these addresses, if all of them are in the arena. What came, or True: it goes on. None: they are not, or
-// an argument is not as it should be; nothing was done.
+// an argument is not as it should be, or copies have ended, or have no thread; nothing was done.
 nb::object copy_here(HeldGets& self, uint64_t job, uint64_t space, nb::list keys, const std::vector<uintptr_t>& to,
-               uint64_t block_bytes) {
+                     uint64_t block_bytes) {
     const size_t count = nb::len(keys);
     if (self.copier == nullptr || count == 0 || to.size() != count) return nb::none();
     std::vector<Copier::Item> items(count);
@@ -172,15 +174,16 @@ nb::object copy_here(HeldGets& self, uint64_t job, uint64_t space, nb::list keys
         items[i] = {std::string(PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key))),
                     reinterpret_cast<unsigned char*>(to[i])};
     }
-    std::optional<Copier::Done> done;
+    Copier::Taken taken = Copier::Taken::no;
+    Copier::Done done;
     {
-        nb::gil_scoped_release release;
-        if (!self.gets.lives()) return nb::none();
-        for (const Copier::Item& item : items)
-            if (!self.directory->reader.has(space, item.key, block_bytes)) return nb::none();
-        done = self.copier->submit(job, space, std::move(items), block_bytes);
+        nb::gil_scoped_release release;  // no object may be touched in here, not even None
+        bool here = self.gets.lives();
+        for (size_t i = 0; here && i < count; ++i) here = self.directory->reader.has(space, items[i].key, block_bytes);
+        if (here) taken = self.copier->submit(job, space, std::move(items), block_bytes, &done);
     }
-    return done ? nb::object(came_of(*done)) : nb::cast(true);
+    if (taken == Copier::Taken::no) return nb::none();
+    return taken == Copier::Taken::done ? nb::object(came_of(done)) : nb::cast(true);
 }
 
 nb::list copied(HeldGets& self) {
@@ -217,6 +220,10 @@ void bind_gets(nb::module_& m) {
         .def(
             "call_off_copies", [](HeldGets& self) { if (self.copier != nullptr) self.copier->call_off(); },
             nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "end_copies", [](HeldGets& self) { if (self.copier != nullptr) self.copier->end(); },
+            nb::call_guard<nb::gil_scoped_release>())
+        .def("wake_copied", [](HeldGets& self) { if (self.copier != nullptr) self.copier->wake(); })
         .def("get_here", get_here, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a)
         .def("close", [](HeldGets& self, std::string reason) { self.gets.close(std::move(reason)); }, "reason"_a,
              nb::call_guard<nb::gil_scoped_release>())

@@ -2,6 +2,9 @@
 
 #include <pthread.h>
 
+#include <algorithm>
+#include <system_error>
+
 namespace p2pkv {
 Copier::~Copier() {
     {
@@ -12,7 +15,7 @@ Copier::~Copier() {
     for (std::thread& thread : threads_) thread.join();
 }
 
-std::optional<Copier::Done> Copier::submit(uint64_t id, uint64_t space, std::vector<Item> items, uint64_t block_bytes) {
+Copier::Taken Copier::submit(uint64_t id, uint64_t space, std::vector<Item> items, uint64_t block_bytes, Done* done) {
     auto job = std::make_shared<Job>();
     job->id = id;
     job->space = space;
@@ -22,31 +25,44 @@ std::optional<Copier::Done> Copier::submit(uint64_t id, uint64_t space, std::vec
     const bool several = job->items.size() > 1, here = job->items.size() * block_bytes <= kNowBytes;
     {
         std::lock_guard lock(mutex_);
-        while (!here && threads_.size() < threads_max_) threads_.emplace_back([this] { run(); });
+        if (ended_ || (!here && !threads_run())) return Taken::no;
+        job->round = one_more();
         if (!here) jobs_.push_back(job);
-        ++unfinished_;
     }
     if (here) {
         for (size_t i = job->items.size(); i-- > 0;) job->done.came[i] = copy(*job, i);
+        *done = std::move(job->done);
         std::lock_guard lock(mutex_);
-        one_less();
-        return std::move(job->done);
+        one_less(job->round);
+        return Taken::done;
     }
     several ? work_.notify_all() : work_.notify_one();
-    return std::nullopt;
+    return Taken::later;
+}
+
+// Whether there is one at least: where the system gives no more, fewer do.
+bool Copier::threads_run() {
+    threads_.reserve(threads_max_);
+    try {
+        while (threads_.size() < threads_max_) threads_.emplace_back([this] { run(); });
+    } catch (const std::system_error&) {
+    }
+    return !threads_.empty();
 }
 
 bool Copier::copy_now(uint64_t space, const std::string_view* keys, unsigned char* const* to, size_t count,
                       uint64_t block_bytes) {
+    uint64_t round;
     {
         std::lock_guard lock(mutex_);
-        ++unfinished_;
+        if (ended_) return false;
+        round = one_more();
     }
     bool good = true;
     for (size_t i = 0; good && i < count; ++i) good = reader_.has(space, keys[i], block_bytes);
     for (size_t i = count; good && i-- > 0;) good = reader_.copy(space, keys[i], to[i], block_bytes, false);
     std::lock_guard lock(mutex_);
-    one_less();
+    one_less(round);
     return good;
 }
 
@@ -57,22 +73,45 @@ bool Copier::copy(const Job& job, size_t index) const {
 
 void Copier::finished(Job& job) {
     completions_.push(std::move(job.done));
-    one_less();
+    one_less(job.round);
 }
 
-void Copier::one_less() {
-    if (--unfinished_ == 0) idle_.notify_all();
+uint64_t Copier::one_more() {
+    ++unfinished_[round_];
+    return round_;
+}
+
+void Copier::one_less(uint64_t round) {
+    const auto those = unfinished_.find(round);
+    if (--those->second != 0) return;
+    if (round != round_) unfinished_.erase(those);
+    idle_.notify_all();
 }
 
 void Copier::call_off() {
     std::unique_lock lock(mutex_);
+    give_up(lock);
+}
+
+void Copier::end() {
+    std::unique_lock lock(mutex_);
+    ended_ = true;
+    give_up(lock);
+}
+
+void Copier::give_up(std::unique_lock<std::mutex>& lock) {
     for (const std::shared_ptr<Job>& job : jobs_) {
         job->finished += job->items.size() - job->next;
         job->next = job->items.size();
         if (job->finished == job->items.size()) finished(*job);
     }
     jobs_.clear();
-    idle_.wait(lock, [this] { return unfinished_ == 0; });
+    const uint64_t last = round_++;
+    idle_.wait(lock, [&] {
+        const auto first_later = unfinished_.upper_bound(last);
+        return std::all_of(unfinished_.begin(), first_later, [](const auto& each) { return each.second == 0; });
+    });
+    unfinished_.erase(unfinished_.begin(), unfinished_.upper_bound(last));
 }
 
 void Copier::run() {

@@ -5,14 +5,34 @@
 
 // glibc's memcpy is `rep movsb` for sizes like ours, and on AMD's Zen 3 and 4 that takes 6 to 20 times as long where the
 // destination lies just behind the source modulo 4 KiB (glibc bug 30994): a slot of the arena begins on a page, a Python
-// bytearray 16 or 32 bytes after one. Plain vector moves are as fast as the best case of memcpy, in all cases.
+// bytearray 16 or 32 bytes after one. Plain vector moves are as fast as the best case of memcpy in all cases but one: where
+// both begin at the same place of a page (a slot of the arena and one of an engine's region do), `rep movsb` does not have
+// that trouble, and a block that fits the cache takes it a fifth less (Zen 5: 1 MiB 14.2 us instead of 18.0).
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 namespace p2pkv {
 namespace {
 
 constexpr size_t kSmall = 2048;  // below this memcpy does not use `rep movsb`
+constexpr size_t kMovsb = 16 << 10;  // below this its start is not worth it
+constexpr uintptr_t kPageMask = 4095;
+
+bool has_erms() {  // "enhanced rep movsb": CPUID.7:EBX bit 9
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (b >> 9 & 1) != 0;
+}
+
+const bool erms = has_erms();
+
+bool at_same_place(const void* dst, const void* src) {
+    return ((reinterpret_cast<uintptr_t>(dst) ^ reinterpret_cast<uintptr_t>(src)) & kPageMask) == 0;
+}
+
+void copy_movsb(void* dst, const void* src, size_t length) {
+    asm volatile("rep movsb" : "+D"(dst), "+S"(src), "+c"(length) : : "memory");
+}
 
 template <bool kAway>
 __attribute__((target("avx"))) void copy_avx(char* dst, const char* src, size_t length) {
@@ -43,6 +63,8 @@ const bool has_avx = (__builtin_cpu_init(), __builtin_cpu_supports("avx") != 0);
 void copy_bytes(void* dst, const void* src, size_t length) {
     if (length < kSmall || !has_avx) {
         std::memcpy(dst, src, length);
+    } else if (erms && length >= kMovsb && at_same_place(dst, src)) {
+        copy_movsb(dst, src, length);
     } else {
         copy_avx<false>(static_cast<char*>(dst), static_cast<const char*>(src), length);
     }

@@ -20,6 +20,7 @@ constexpr uint64_t kTurnBytes = 4 << 20;   // then another transfer of this thre
 constexpr size_t kSendfileBytes = 1 << 20;
 constexpr auto kPinLook = std::chrono::microseconds(150);
 constexpr auto kReceiveLook = std::chrono::microseconds(150);  // without a byte; waking another thread costs 20 to 50
+constexpr auto kReceiveLookMost = std::chrono::milliseconds(2);  // in all: a block that trickles is the I/O thread's
 constexpr uint64_t kBeginBytes = 256 << 10;  // some 30 us of the event loop's time; waking a thread costs as much
 
 uint32_t load32(const unsigned char* p) {
@@ -127,7 +128,8 @@ Receive::Receive(uint64_t job, int fd, Limits limits, std::string request, std::
 
 Transfer::Want Receive::begin() {
     Want want = Asking::begin();
-    while (want == Want::read && look && Clock::now() < last_progress + kReceiveLook && look()) {
+    const auto until = std::min(limits.deadline, started + kReceiveLookMost);
+    while (want == Want::read && look && Clock::now() < std::min(until, last_progress + kReceiveLook) && look()) {
         sched_yield();
         want = step();
     }

@@ -31,15 +31,18 @@ class DirectoryFiles:
         """
         entries = min(max(arena_bytes // BYTES_PER_ENTRY, ENTRIES_MIN), ENTRIES_MAX)
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        self._table = os.memfd_create("p2pkv-directory", flags)
-        self._marks = os.memfd_create("p2pkv-marks", flags)
+        self._files: list[int] = []
         try:
+            for name in ("p2pkv-directory", "p2pkv-marks"):
+                self._files.append(os.memfd_create(name, flags))
+            self._table, self._marks = self._files
             store.core.publish(self._table, self._marks, entries)
+            os.fchmod(self._table, 0o400)  # a read-only descriptor cannot be reopened for writing by accident
+            for descriptor in self._files:
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         except OSError as error:
             self.close()
             raise ConfigError("no memory for the directory of the arena", reason=error.strerror) from error
-        for descriptor in (self._table, self._marks):
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
 
     def descriptors(self) -> tuple[int, int]:
         """New descriptors of table (read-only) and marks, for one engine. The caller closes them."""
@@ -52,5 +55,5 @@ class DirectoryFiles:
 
     def close(self) -> None:
         """Close our descriptors; mappings stay."""
-        os.close(self._table)
-        os.close(self._marks)
+        for descriptor in self._files:
+            os.close(descriptor)

@@ -56,6 +56,13 @@ class Changes(NamedTuple):
     dram: array[int]
 
 
+class HotLook(NamedTuple):
+    """What one look at what was used last has found, and the place to go on from (empty: that was all)."""
+
+    keys: list[bytes]
+    place: bytes
+
+
 class DramStore:
     """Blocks of all layouts in one arena. Its methods are for one thread (the agent's loop); ``core`` is for all.
 
@@ -327,8 +334,25 @@ class DramStore:
 
     def hot(self, namespace: int, limit: int, after: bytes = b"") -> list[bytes]:
         """At most ``limit`` of a namespace's hashes, the one used last first, a prefix before what follows it; after
-        ``after``, if it is given. Empty: that was all (or ``after`` has gone, or only other namespaces come next)."""
-        return self.core.hot(namespace, limit, after)
+        ``after``, if it is given. Empty: that was all (or ``after`` has gone, or only other namespaces come next:
+        :meth:`look_hot` tells these apart)."""
+        look = self.look_hot(namespace, limit, self.place_of(namespace, after) if after else b"")
+        return [] if look is None else look.keys
+
+    def look_hot(self, namespace: int, limit: int, place: bytes = b"") -> HotLook | None:
+        """The next part of what was used last, from a place on (empty: from the beginning); None: the block at that
+        place has gone.
+
+        Namespaces whose blocks are of one size are listed together, and the store is locked for a few blocks per key
+        only, so a look may find nothing and have a place to go on from.
+        """
+        found = self.core.hot(namespace, limit, place)
+        return HotLook(found[:-1], found[-1]) if found else None
+
+    @staticmethod
+    def place_of(namespace: int, key: bytes) -> bytes:
+        """Where :meth:`look_hot` goes on behind a block that it has told of."""
+        return namespace.to_bytes(8, "little") + key
 
     def count_marks(self, namespace: int, from_key: bytes, most: int, now: float) -> bytes:
         """Count what engines have read by themselves as used, for ``most`` blocks, from ``from_key`` on (empty: from

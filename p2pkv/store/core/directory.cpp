@@ -38,7 +38,12 @@ uint64_t buckets_for(uint64_t entries) { return std::bit_ceil(2 * entries / dire
 Directory::Directory(int table_fd, int marks_fd, uint64_t arena_bytes, uint64_t entries, uint64_t seed)
     : buckets_(buckets_for(entries)), entries_(entries), seed_(seed) {
     table_ = map(table_fd, directory::table_bytes(buckets_, entries_));
-    marks_ = map(marks_fd, directory::marks_bytes(entries_));
+    try {
+        marks_ = map(marks_fd, directory::marks_bytes(entries_));
+    } catch (...) {
+        munmap(table_, directory::table_bytes(buckets_, entries_));  // no destructor runs
+        throw;
+    }
     auto* header = reinterpret_cast<directory::Header*>(table_);
     *header = {directory::kMagic, directory::kVersion, sizeof(directory::Entry), buckets_, entries_, seed_, arena_bytes};
 }

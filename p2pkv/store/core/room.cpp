@@ -15,7 +15,8 @@ constexpr double kReclaimAgeRatio = 2.0;
 // Coldest blocks of a layout whose extents are looked at for one without held slots; bounds the time of one reserve.
 constexpr size_t kReclaimVictimsTried = 32;
 
-// Blocks that engines have read by themselves since they were last looked at, and that one reserve moves to the hot end.
+// Blocks that engines have read by themselves since they were last looked at, and that one reserve moves to the hot end: of
+// its own layout, and of the others.
 constexpr size_t kSecondChances = 64;
 
 double used_at(const Block& block) { return block.used_at.load(std::memory_order_relaxed); }
@@ -45,15 +46,23 @@ void Store::evict(Block& block) {
 bool Store::reclaim_extent(SizeClass& size, const Block* own, double now) {
     SizeClass* donor = nullptr;
     double coldest = 0;
+    size_t chances = kSecondChances;
+    const auto marked = [&](Block& block) { return chances != 0 && used_unasked(block, now) && chances-- != 0; };
     for (const auto& other : sizes_) {
         if (other.get() == &size) continue;
-        const Block* victim = other->lru.victim([this](const Block& block) { return held(block); });
+        const size_t before = chances;
+        Block* victim = other->lru.victim([&](Block& block) { return held(block) || marked(block); });
+        if (victim == nullptr && chances != before)
+            victim = other->lru.victim([this](const Block& block) { return held(block); });
+        // Too much is marked to be looked at: what is still marked was used now, too.
+        if (victim != nullptr && chances == 0 && used_unasked(*victim, now)) other->lru.access(*victim);
         if (victim == nullptr || (donor != nullptr && used_at(*victim) >= coldest)) continue;
         coldest = used_at(*victim);
         donor = other.get();
     }
     if (donor == nullptr) return false;
     if (own != nullptr && now - coldest <= kReclaimAgeRatio * (now - used_at(*own))) return false;
+    donor->lru.search(kReclaimVictimsTried, marked, [](const Block&) { return false; });
     const auto window = empty_window(*donor, size);
     for (Block* block : window) evict(*block);
     counters_.extents_reclaimed += !window.empty();

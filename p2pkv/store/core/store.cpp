@@ -17,6 +17,12 @@ uint64_t index_key(const Space& space, std::string_view key) {
     return hash ^ space.salt;
 }
 
+// For `at_place`, later.
+std::string place_of(const Block& block) {
+    std::string place(reinterpret_cast<const char*>(&block.space_id), sizeof block.space_id);
+    return place.append(block.key());
+}
+
 }  // namespace
 
 Store::Store(const Options& options)
@@ -337,23 +343,37 @@ std::vector<std::string> Store::keys(uint64_t id, size_t limit) const {
     return out;
 }
 
-std::vector<std::string> Store::hot(uint64_t id, size_t limit, std::string_view after) const {
+std::vector<std::string> Store::hot(uint64_t id, size_t limit, std::string_view from) const {
     constexpr size_t kLookedAtPerKey = 4;
     std::vector<std::string> out;
     const std::lock_guard lock(mutex_);
     const Space* space = find(id);
-    if (space == nullptr) return out;
-    const Lru& lru = space->size.lru;
-    const Block* block = lru.hottest();
-    if (!after.empty()) {
-        block = find_live(*space, after);
-        if (block != nullptr) block = Lru::colder(*block);
+    const Block* block = space == nullptr ? nullptr : space->size.lru.hottest();
+    if (!from.empty()) {
+        const Block* seen = at_place(from);
+        if (space == nullptr || seen == nullptr || &seen->home->size != &space->size) return out;
+        block = Lru::colder(*seen);
     }
+    const Block* last = nullptr;
     for (size_t left = kLookedAtPerKey * limit; block != nullptr && left != 0 && out.size() < limit; --left) {
         if (block->home == space) out.emplace_back(block->key());
+        last = block;
         block = Lru::colder(*block);
     }
+    if (block == nullptr) {
+        out.emplace_back();
+    } else {
+        out.push_back(last == nullptr ? std::string(from) : place_of(*last));
+    }
     return out;
+}
+
+const Block* Store::at_place(std::string_view place) const {
+    uint64_t id;
+    if (place.size() < sizeof id) return nullptr;
+    std::memcpy(&id, place.data(), sizeof id);
+    const Space* space = find(id);
+    return space == nullptr ? nullptr : find_live(*space, place.substr(sizeof id));
 }
 
 std::string Store::count_marks(uint64_t id, std::string_view from, size_t most, double now) {

@@ -144,10 +144,11 @@ class Store {
     size_t count(uint64_t space) const;
     // Of at most `limit` listed blocks, the oldest put first.
     std::vector<std::string> keys(uint64_t space, size_t limit) const;
-    // At most `limit` of them, the one used last first; after this one, if it is given. A prefix comes before what
-    // follows it, as that counts as used earlier. Looks at a bounded number of blocks: empty, too, where other
-    // namespaces with this slot size have all of those.
-    std::vector<std::string> hot(uint64_t space, size_t limit, std::string_view after) const;
+    // At most `limit` of them, the one used last first, and behind them the place to go on from (empty: that was all).
+    // A prefix comes before what follows it, as that counts as used earlier. Looks at a bounded number of blocks of all
+    // namespaces with this slot size, so there may be a place and no block. A place is a namespace's id and a key of
+    // it; empty: from the beginning. Nothing at all: the block at that place has gone.
+    std::vector<std::string> hot(uint64_t space, size_t limit, std::string_view from) const;
     // Count what engines have read by themselves as used: of `most` listed blocks, from the newest, or from before the
     // block `from`. The key to go on from; empty: that was all.
     std::string count_marks(uint64_t space, std::string_view from, size_t most, double now);
@@ -176,6 +177,7 @@ class Store {
 
     Space* find(uint64_t space) const;
     Block* find_live(const Space& space, std::string_view key) const;
+    const Block* at_place(std::string_view place) const;
 
     // ---- holding and letting go
     // Whether a lease keeps this block in its slot. The one guard between leases and reuse: all paths ask here.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from p2pkv.client import AgentClient, Layout, Status
-from p2pkv.client.cache import Cache
+from p2pkv.client.cache import Cache, Region
 from p2pkv.errors import AgentUnavailable, DeadlineExceeded, InvalidArgument
-from p2pkv.wire.limits import KEYS_MAX
+from p2pkv.wire.engine_types import Pace
+from p2pkv.wire.limits import KEYS_MAX, REPLICAS_MAX
 
 BLOCK = 4096
 LAYOUT = Layout(model="m", revision="r", kv_dtype="float32", block_tokens=16, block_bytes=BLOCK)
@@ -72,6 +73,55 @@ def test_what_can_never_work_is_refused(cache: Cache, keys: list[bytes], buffers
         cache.put(keys, buffers)
     with pytest.raises(InvalidArgument):
         cache.get_into(keys, buffers)
+
+
+U32, U64 = 1 << 32, 1 << 64
+NODE = "00000000000000aa"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(lambda cache, ms=ms: cache.prefetch([KEY], deadline_ms=ms) for ms in (-1, U32, float("nan"))),
+        *(lambda cache, ms=ms: cache.put([KEY], [good()], deadline_ms=ms) for ms in (-1, -1000, U32)),
+        lambda cache: cache.replicate([KEY], [NODE] * (REPLICAS_MAX + 1)),
+        *(lambda cache, node=node: cache.replicate([KEY], [node]) for node in ("-1", "x", "", "1" * 17, None, 7)),
+        *(lambda cache, n=n: cache._client.warm(n) for n in (-1, U64)),
+        *(lambda cache, ms=ms: cache._client.warm(1, within_ms=ms) for ms in (-1, U32)),
+        *(lambda cache, ms=ms: cache.store([KEY], region(cache), [0], deadline_ms=ms) for ms in (-1, U32)),
+        *(lambda cache, slot=slot: cache.store([KEY], region(cache), [slot]) for slot in (-1, U32)),
+        *(lambda cache, ms=ms: cache.load([KEY], region(cache), [0], ms) for ms in (-1, U32)),
+        *(lambda cache, slot=slot: cache.load([KEY], region(cache), [slot]) for slot in (-1, U32)),
+        *(lambda cache, n=n: cache.load([KEY], region(cache), [0], pace=Pace(n)) for n in (-1, U32)),
+        *(lambda cache, n=n: cache.submit_match([KEY], pace=Pace(1, n)) for n in (-1, U32)),
+        lambda cache: cache.submit_match([KEY], pace=Pace(1, 0, U32)),
+        lambda cache: cache.map_region(0, slots=-1),
+        lambda cache: cache.map_region(0, slots=U32),
+        lambda cache: cache.map_region(0, slots=1, offset=-1),
+        lambda cache: cache.map_region(0, slots=1, offset=U64 - BLOCK),
+    ],
+)
+def test_what_an_agent_would_give_the_client_up_for_is_never_sent(
+    cache: Cache, call: Callable[[Cache], object]
+) -> None:
+    with pytest.raises(InvalidArgument):
+        call(cache)
+
+
+def region(cache: Cache) -> Region:
+    return Region(cache._client, -1, 0, BLOCK, 4)
+
+
+def test_the_largest_numbers_that_can_be_sent_are_not_refused(cache: Cache) -> None:
+    for call in (
+        lambda: cache.prefetch([KEY], deadline_ms=U32 - 1),
+        lambda: cache.replicate([KEY], [NODE, "f" * 16, "0" * 16] + [NODE] * (REPLICAS_MAX - 3)),
+        lambda: cache._client.warm(U64 - 1, within_ms=U32 - 1),
+        lambda: cache.store([KEY], region(cache), [U32 - 1], deadline_ms=0),
+        lambda: cache.load([KEY], region(cache), [U32 - 1], U32 - 1, pace=Pace(U32 - 1, U32 - 1, U32 - 1)),
+    ):
+        with pytest.raises(AgentUnavailable):
+            call()
 
 
 def test_what_cannot_be_written_to_cannot_be_read_into(cache: Cache) -> None:

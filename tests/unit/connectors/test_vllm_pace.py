@@ -104,6 +104,42 @@ def test_what_passes_between_a_load_and_the_step_that_goes_on_is_overhead() -> N
     assert engine.pace.of(0).overhead_us == pytest.approx(30_000, rel=0.05)
 
 
+def waited(engine: Engine, seconds: float) -> None:
+    """A load is over, and its request goes on so much later."""
+    engine.pace.loaded("x", engine.now)
+    engine.now += seconds
+    engine.pace.scheduled("x", engine.now)
+    engine.prefill(4)
+
+
+def test_a_request_that_waited_for_room_after_its_load_says_little_of_what_loads_cost() -> None:
+    engine = Engine(0.1, 0.0)
+    for _ in range(10):
+        waited(engine, 0.02)
+    waited(engine, 30.0)
+    assert engine.pace.of(0).overhead_us < 50_000
+    for _ in range(50):
+        waited(engine, 30.0)
+    assert engine.pace.of(0).overhead_us <= 500_000
+
+
+def test_a_first_request_that_waited_for_room_does_not_keep_loads_away() -> None:
+    engine = Engine(0.1, 0.0)
+    waited(engine, 30.0)
+    engine.prefill(4)
+    assert engine.pace.of(0).overhead_us < 50_000
+
+
+def test_what_loads_cost_is_forgotten_with_time_and_not_with_loads_only() -> None:
+    engine = Engine(0.1, 0.0)
+    for _ in range(50):
+        waited(engine, 0.3)
+    assert engine.pace.of(0).overhead_us == pytest.approx(300_000, rel=0.05)
+    engine.now += 3_600.0
+    engine.pace.stepped(engine.now)
+    assert engine.pace.of(0).overhead_us == pytest.approx(5_000, rel=0.05), "no load was tried meanwhile"
+
+
 def test_requests_that_never_end_are_forgotten() -> None:
     pace = PrefillPace()
     for i in range(2 * REQUESTS_MAX):

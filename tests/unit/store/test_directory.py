@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pkv import _native
+from p2pkv.errors import ConfigError
 from p2pkv.store.arena import Arena
 from p2pkv.store.base import Reservation
 from p2pkv.store.directory import ENTRIES_MIN, DirectoryFiles
@@ -129,6 +131,34 @@ def test_an_engine_that_marks_everything_all_the_time_cannot_fill_the_store(scen
         assert scene.put(key, float(now)) is None
 
 
+@pytest.mark.parametrize("hot", [4, 100], ids=["a few", "more than are looked at"])
+def test_a_layout_that_engines_read_by_themselves_does_not_lose_its_memory_to_one_that_is_only_written(
+    hot: int,
+) -> None:
+    scene = Scene(2 * hot)
+    other = scene.store.register(layout_of(2 * PAGE, "other"))
+    read = [bytes([1]) + i.to_bytes(15, "little") for i in range(hot)]
+    for key in read:
+        scene.put(key)
+    for now in range(1, 40):
+        assert all(scene.read(key) is not None for key in read), now
+        for i in range(hot // 2):
+            place = scene.store.reserve(other, now.to_bytes(8, "little") + i.to_bytes(8, "little"), float(now * 10))
+            assert isinstance(place, Reservation)
+            scene.store.commit(place, bytes(16), float(now * 10))
+    assert scene.store.stats().extents_reclaimed_total == 0
+    scene.store.check_integrity()
+
+
+def test_a_layout_that_is_all_read_still_gives_room_to_one_that_has_nothing(scene: Scene) -> None:
+    other = scene.store.register(layout_of(2 * PAGE, "other"))
+    for key in KEYS[:4]:
+        scene.put(key)
+    memoryview(scene.marks)[:] = b"\xff" * len(scene.marks)
+    assert isinstance(scene.store.reserve(other, KEYS[0], 10.0), Reservation)
+    scene.store.check_integrity()
+
+
 def test_a_store_of_many_blocks_has_them_all_as_far_as_it_has_entries() -> None:
     scene = Scene(3 * ENTRIES_MIN)
     keys = [i.to_bytes(16, "little") for i in range(3 * ENTRIES_MIN)]
@@ -212,6 +242,46 @@ def test_an_engine_cannot_cut_off_the_files(scene: Scene) -> None:
         mmap.mmap(table, PAGE)
     os.close(table)
     os.close(marks)
+
+
+def test_its_table_can_only_be_read(scene: Scene) -> None:
+    table, marks = scene.files.descriptors()
+    try:
+        assert os.fstat(table).st_mode & 0o777 == 0o400
+    finally:
+        os.close(table)
+        os.close(marks)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_without_memory_for_it_the_settings_are_wrong_and_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    store = DramStore(16 * PAGE, extent_bytes=PAGE)
+    create, calls = os.memfd_create, 0
+
+    def fails(name: str, flags: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", fails)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigError, match="directory"):
+        DirectoryFiles(store, 16 * PAGE)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_table_without_marks_is_not_kept() -> None:
+    store = DramStore(16 * PAGE, extent_bytes=PAGE)
+    table = os.memfd_create("p2pkv-left-behind")
+    with pytest.raises(OSError, match="descriptor"):
+        store.core.publish(table, -1, ENTRIES_MIN)
+    os.close(table)
+    with open("/proc/self/maps") as maps:
+        assert "p2pkv-left-behind" not in maps.read()
 
 
 BLOCK = 1 << 20
