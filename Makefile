@@ -19,7 +19,7 @@ DEMO_ARGS ?=
 SIM_SEEDS ?= 1000
 SIM_ARGS ?=
 LOCK_ARGS ?= --upgrade
-BENCHES ?= fetch failover stress idle index gossip
+BENCHES ?= fetch failover stress idle index gossip faults ttft
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -190,13 +190,25 @@ check: lint types import-cost docs ## every check that runs no test
 demo: environments ## one prefix, two vLLM replicas; DEMO_ARGS="--transport tcp ..."
 	@$(BIN)/p2pkv demo $(DEMO_ARGS)
 
+# What a machine lacks a right or an environment for is left out, loudly. Quick runs are kept apart: what is published is
+# not overwritten by them, and neither by a run that broke off.
 .PHONY: bench
-bench: setup nixl-if-there ## measure everything; BENCHES="fetch" BENCH_ARGS="--quick"
-	@mkdir -p results
-	@for name in $(BENCHES); do \
-	  $(BIN)/p2pkv bench $$name --json $(BENCH_ARGS) | tee results/$$name.json; \
-	done
-	@case "$(BENCH_ARGS)" in *--quick*) ;; *) $(BIN)/python scripts/write_benchmarks.py ;; esac
+bench: setup nixl-if-there ## measure everything that can run here; BENCHES="fetch" BENCH_ARGS="--quick"
+	@into=results; case " $(BENCH_ARGS) " in *" --quick "*) into=results/quick;; esac; mkdir -p $$into; left=""; \
+	for name in $(BENCHES); do \
+	  why=""; \
+	  case $$name in faults|ttft) \
+	    why=$$($(BIN)/python -c "from p2pkv import netns; print(netns.missing(rates=True))");; esac; \
+	  case $$name in ttft|busy) \
+	    [ -x "$${P2PKV_VLLM_PYTHON:-$(VLLM_PYTHON)}" ] || why="$${why:+$$why, }no vLLM here (make vllm)";; esac; \
+	  if [ -n "$$why" ]; then \
+	    left="$${left}warning: LEFT OUT: $$name: $$why\n"; printf '%b' "$$left" >&2; continue; \
+	  fi; \
+	  $(BIN)/p2pkv bench $$name --json $(BENCH_ARGS) | tee $$into/$$name.json.part; \
+	  mv $$into/$$name.json.part $$into/$$name.json; \
+	done; \
+	[ $$into != results ] || $(BIN)/python scripts/write_benchmarks.py; \
+	printf '%b' "$$left" >&2
 
 .PHONY: fuzz-http
 fuzz-http: setup $(VENV_FUZZ)/.stamp ## schemathesis against an agent's HTTP endpoint, in an environment of its own

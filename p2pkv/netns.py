@@ -9,7 +9,8 @@ For benchmarks and tests; needs root.
         network.heal()
         network.rate(1, 1e9)               # bits per second that host 1 can send
 
-Loss and cuts are nftables rules on INPUT; delay is not there (netem may be absent in a kernel).
+Loss and cuts are nftables rules on INPUT; delay is not there (netem may be absent in a kernel). Namespaces carry their
+maker's process id: what one that was killed has left behind, the next one removes.
 """
 
 from __future__ import annotations
@@ -20,29 +21,54 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from p2pkv.errors import P2PKVError
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
+NAMED = Path("/run/netns")
+HINT = "Namespaces need root and iproute2; a link's rate, a kernel with the qdisc tbf (CONFIG_NET_SCH_TBF, sch_tbf)."
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def missing() -> str:
-    """What stands in the way of namespaces here; empty: nothing."""
+def missing(*, rates: bool = False) -> str:
+    """What stands in the way of namespaces here, and with ``rates`` of :meth:`Network.rate`; empty: nothing."""
     if os.geteuid() != 0:
         return "not root"
     for program in ("ip", "nft", "tc"):
         if shutil.which(program) is None:
             return f"no {program}"
-    probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False)
-    return "" if probe.returncode == 0 else "the kernel gives no network namespaces"
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode != 0:
+        return "the kernel gives no network namespaces"
+    if rates:
+        bucket = "tc qdisc add dev lo root tbf rate 1mbit burst 16384 limit 32768"  # a loopback device of its own
+        if subprocess.run(["unshare", "--net", *bucket.split()], capture_output=True, check=False).returncode != 0:
+            return "the kernel has no token bucket (qdisc tbf)"
+    return ""
+
+
+def left_behind(names: Iterable[str], proc: Path = Path("/proc")) -> list[str]:
+    """Of these namespaces, those of a :class:`Network` whose process is gone."""
+    found = []
+    for name in names:
+        tag, _, rest = name.partition("-")
+        pid, _, host = rest.partition("-")
+        ours = tag == "p2pkv" and pid.isdigit() and (host.isdigit() or host == "switch")
+        if ours and not (proc / pid).exists():
+            found.append(name)
+    return sorted(found)
 
 
 def run(*command: str) -> None:
     """Run a command; its words are in the error."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise P2PKVError("a command failed", command=" ".join(command), reason=done.stderr.strip())
+        raise P2PKVError("a command failed", command=" ".join(command), reason=done.stderr.strip(), hint=HINT)
+
+
+def delete(name: str) -> None:
+    """Remove a namespace, if it is there; processes that are in it keep it alive, without a name."""
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 @contextlib.contextmanager
@@ -83,6 +109,8 @@ class Network:
         return ["ip", "netns", "exec", self.names[host]]
 
     def __enter__(self) -> Network:
+        for name in left_behind(path.name for path in (NAMED.iterdir() if NAMED.is_dir() else ())):
+            delete(name)
         try:
             run("ip", "netns", "add", self._switch)
             run("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
@@ -116,7 +144,7 @@ class Network:
 
     def __exit__(self, *_: object) -> None:
         for name in (*self.names, self._switch):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            delete(name)
 
     def rate(self, host: int, bits_per_s: float | None) -> None:
         """What a host's link can send (token bucket); None: as much as it can. What is queued is kept short (20 ms)."""

@@ -1,6 +1,7 @@
 """Writes docs/benchmarks.md, tables of docs/index.md and docs/pulls.md, and a plot, from results/*.json (`make bench`).
 
-The files are what `p2pkv bench NAME --json` printed.
+The files are what `p2pkv bench NAME --json` printed. A section for which there is no file stays as it is. Quick runs
+are refused: their figures are of too few samples.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from p2pkv.bench.ttft_plot import svg
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 INDEX_PAGE = ROOT / "docs" / "index.md"
 PULLS_PAGE = ROOT / "docs" / "pulls.md"
@@ -24,6 +26,8 @@ INTRO = """# Benchmarks
 Written by `make bench` from what `p2pkv bench NAME --json` printed. Every figure of a run is taken beside its limit
 (memcpy, raw TCP, raw NIXL), **interleaved in that run**, because machines differ and shared machines differ from minute
 to minute: compare ratios, and microseconds only within one table. What each bench does is in `benchmarks/README.md`.
+`nixl` is as shipped: between agents of one host a get of less than `transport.one_sided_min` (512 KiB) comes over TCP,
+which is quicker there. So `fetch.nixl.256KiB.of_raw_nixl` is TCP beside a raw NIXL READ.
 
 ## Beside others
 
@@ -64,9 +68,9 @@ def cell(value: Any) -> str:
     return shown(value) or "-"
 
 
-def section(result: dict[str, Any]) -> str:
-    """One bench: its claims, then its rows."""
-    parts = [f"## {result['bench']}", f"p2pkv {result['version']}, {result['when']}, {result['cpu']}"]
+def section(name: str, result: dict[str, Any]) -> str:
+    """One file: its claims, then its rows."""
+    parts = [f"## {name}", f"p2pkv {result['version']}, {result['when']}, {result['cpu']}"]
     claims = [
         [
             f"`{c['id']}`",
@@ -144,15 +148,25 @@ def ttft_table(result: dict[str, Any]) -> str:
     lines = []
     for tokens in sorted({row["tokens"] for row in rows}):
         some = [points[tokens, rate] for rate in rates]
-        times = [f"{row['with_ms']:.0f} / {row['without_ms']:.0f} = **{row['ratio']:.2f}**" for row in some]
+        times = [
+            f"{row['with_ms']:.0f} / {row['without_ms']:.0f} = **{row['ratio']:.2f}** ({row['worst']:.2f})"
+            for row in some
+        ]
         lines.append([str(tokens), *times])
     head = ["tokens", *(f"{rate:g} Mb/s" for rate in rates)]
     [cold] = [row for row in result["rows"] if not row["mbit_s"]]
     words = (
         f"Where nobody has the prompt ({cold['tokens']} tokens): {cold['with_ms']:.0f} / {cold['without_ms']:.0f} = "
-        f"**{cold['ratio']:.3f}**. Medians, ms with p2pkv / ms without; {result['when']}, {result['cpu']}."
+        f"**{cold['ratio']:.3f}** ({cold['worst']:.2f}). Medians, ms with p2pkv / ms without, and in brackets "
+        f"the worst single pair; {result['when']}, {result['cpu']}."
     )
-    return "\n\n".join([table(head, lines), words])
+    firsts = [
+        f"{row['tokens']} tokens at {row['mbit_s']:g} Mb/s {row['first']:.2f}"
+        for row in rows
+        if row.get("first") is not None
+    ]
+    after = [f"The first prompt after each change of the link, single pairs: {', '.join(firsts)}."] if firsts else []
+    return "\n\n".join([table(head, lines), words, *after])
 
 
 def write_measured(page: Path, measured: str) -> None:
@@ -162,21 +176,40 @@ def write_measured(page: Path, measured: str) -> None:
     page.write_text(text[: begin + len(MEASURED)] + "\n\n" + measured + "\n\n" + text[end:])
 
 
+def sections(page: str) -> dict[str, str]:
+    """The measured sections of the page as it is, by their headings; several of one heading together."""
+    found: dict[str, str] = {}
+    for part in f"\n{page}".split("\n## ")[1:]:
+        heading = part.splitlines()[0]
+        if f"## {heading}" not in INTRO.splitlines():
+            found[heading] = "\n\n".join(filter(None, [found.get(heading), f"## {part.strip()}"]))
+    return found
+
+
 def main() -> int:
     """Write the pages from the files that are there."""
-    files = sorted((ROOT / "results").glob("*.json"))
-    results = [json.loads(file.read_text()) for file in files if file.stat().st_size]
+    files = {file.stem: file for file in sorted(RESULTS.glob("*.json")) if file.stat().st_size}
+    results: dict[str, dict[str, Any]] = {name: json.loads(file.read_text()) for name, file in files.items()}
     if not results:
         print("error: no results/*.json; run `make bench`", file=sys.stderr)
         return 1
-    PAGE.write_text("\n\n".join([INTRO.strip(), *map(section, results)]) + "\n")
-    for result in results:
+    if quick := [files[name].name for name, result in results.items() if result.get("quick")]:
+        print(f"error: quick runs are not published: {', '.join(quick)} in {RESULTS}", file=sys.stderr)
+        print("hint: measure without --quick, or remove the file: its section stays as it is then.", file=sys.stderr)
+        return 1
+    kept = sections(PAGE.read_text()) if PAGE.exists() else {}
+    for name in results.keys() | {result["bench"] for result in results.values()}:
+        kept.pop(name, None)  # the bench's own name, too: a file for each transport takes its place
+    parts = kept | {name: section(name, result) for name, result in results.items()}
+    PAGE.write_text("\n\n".join([INTRO.strip(), *(parts[name] for name in sorted(parts))]) + "\n")
+    for result in results.values():
         if result["bench"] == "index":
             write_measured(INDEX_PAGE, index_table(result))
         elif result["bench"] == "ttft":
             write_measured(PULLS_PAGE, ttft_table(result))
             TTFT_PLOT.write_text(svg(result["rows"]))
-    print(f"wrote {PAGE.relative_to(ROOT)} from {len(results)} result(s)")
+    left = f"; kept: {', '.join(sorted(kept))}" if kept else ""
+    print(f"wrote {PAGE.name} from {len(results)} result(s){left}")
     return 0
 
 

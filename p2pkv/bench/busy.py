@@ -78,7 +78,7 @@ def run(scene: Scene, *, quick: bool = False, progress: Progress | None = None) 
     pull("stopped", 1)
     scene.kill()
     pull("dead", 1)
-    return report.make_report("busy", rows, claims_of(rows))
+    return report.make_report("busy", rows, claims_of(rows), quick=quick)
 
 
 def row_of(source: str, pulled: Pulled) -> BusyPull:

@@ -111,7 +111,7 @@ def run(*, quick: bool = False, transport: str = "tcp", progress: Progress | Non
         if not quick:
             progress.say(f"an agent with {FULL_BYTES >> 30} GiB of blocks")
             rows.append(row_of(rounds, "killed", FULL_BYTES, scene.lose_one("killed", full=True)))
-    return report.make_report("failover", rows, claims_of(rows))
+    return report.make_report("failover", rows, claims_of(rows), quick=quick)
 
 
 def row_of(number: int, fault: str, victim_bytes: int, kill: Kill) -> Round:

@@ -94,7 +94,7 @@ def run(*, quick: bool = False, progress: Progress | None = None) -> Report:
         received_mb=report.rounded(joined.received_bytes / 1e6),
         wants=joined.wants,
     )
-    return report.make_report("gossip", [*rows, join], claims_of(rows, join))
+    return report.make_report("gossip", [*rows, join], claims_of(rows, join), quick=quick)
 
 
 def ask(agent: Child) -> Told:

@@ -49,7 +49,7 @@ def run(*, quick: bool = False, progress: Progress | None = None) -> Report:
     for transport in transports:
         with fleet() as agents:
             rows += measure(agents, transport, IDLE_QUICK_S if quick else IDLE_S, progress)
-    return report.make_report("idle", rows, claims_of(rows))
+    return report.make_report("idle", rows, claims_of(rows), quick=quick)
 
 
 def claims_of(rows: list[Idle]) -> list[Claim]:

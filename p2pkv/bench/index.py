@@ -202,7 +202,7 @@ def run(*, quick: bool = False, rival: str = "", progress: Progress | None = Non
     rows.append(measure_load(DUMP_ENTRIES_QUICK if quick else DUMP_ENTRIES, progress))
     rows.append(measure_size(LARGE_ENTRIES_QUICK if quick else LARGE_ENTRIES, progress))
     rows += [measure_log(event, LOG_BLOCKS_QUICK if quick else LOG_BLOCKS, progress) for event in EVENTS]
-    return report.make_report("index", rows, claims_of(rows))
+    return report.make_report("index", rows, claims_of(rows), quick=quick)
 
 
 def measure(way: str, workload: str, nodes: int, blocks: int, event: int, progress: Progress) -> list[Row]:

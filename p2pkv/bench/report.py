@@ -138,12 +138,13 @@ def rounded(value: float) -> float | None:
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """The one object that ``--json`` prints."""
+    """The one object that ``--json`` prints. ``quick``: of fewer samples than what is published."""
 
     bench: str
     version: str
     when: str
     cpu: str
+    quick: bool = False
     rows: Sequence[Row]
     claims: Sequence[Claim]
 
@@ -157,10 +158,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self).decode()
 
 
-def make_report(bench: str, rows: Sequence[Row], claims: Sequence[Claim]) -> Report:
+def make_report(bench: str, rows: Sequence[Row], claims: Sequence[Claim], *, quick: bool = False) -> Report:
     """Put the time, the version and the processor beside what was measured."""
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return Report(bench=bench, version=p2pkv.__version__, when=when, cpu=describe_host(), rows=rows, claims=claims)
+    cpu = describe_host()
+    return Report(bench=bench, version=p2pkv.__version__, when=when, cpu=cpu, quick=quick, rows=rows, claims=claims)
 
 
 def describe_host(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -179,7 +181,8 @@ def describe_host(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def write_tables(report: Report, out: TextIO) -> None:
     """The report for people: the rows, then the claims."""
-    out.write(f"p2pkv bench {report.bench}: version {report.version}, {report.when}, {report.cpu}\n")
+    quick = " (quick)" if report.quick else ""
+    out.write(f"p2pkv bench {report.bench}{quick}: version {report.version}, {report.when}, {report.cpu}\n")
     for kind in dict.fromkeys(type(row) for row in report.rows):
         rows = [row for row in report.rows if type(row) is kind]
         names = [name for name in kind.__struct_fields__ if any(getattr(row, name) not in ("", {}) for row in rows)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +37,20 @@ def finish(report: Report, *, json: bool, check: bool) -> None:
     raise typer.Exit(1 if check and not report.ok else 0)
 
 
+@contextlib.contextmanager
+def cleaning_up() -> Iterator[None]:
+    """SIGTERM is an interrupt meanwhile, as SIGINT is, even where a shell started this in the background with SIGINT
+    ignored: engines that stand still and hosts made of namespaces are not to be left behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            if handler is not None:  # it was not Python's
+                signal.signal(number, handler)
+
+
 @app.command()
 def fetch(
     transport: Annotated[str, typer.Option(help="tcp, nixl or tcp,nixl; default: what is installed.")] = "",
@@ -53,11 +70,18 @@ def _names(text: str) -> list[str]:
 
 
 @app.command()
-def failover(quick: Quick = False, json: Json = False, check: Check = False) -> None:
+def failover(
+    transport: Annotated[
+        str, typer.Option(help="tcp or nixl (as shipped: small gets on one host come over tcp).")
+    ] = "tcp",
+    quick: Quick = False,
+    json: Json = False,
+    check: Check = False,
+) -> None:
     """Local gets while a peer is killed, and the first get of what only the dead peer had."""
     from p2pkv.bench import failover as bench
 
-    finish(bench.run(quick=quick), json=json, check=check)
+    finish(bench.run(quick=quick, transport=transport), json=json, check=check)
 
 
 @app.command()
@@ -111,7 +135,9 @@ def faults(quick: Quick = False, json: Json = False, check: Check = False) -> No
     """A long prefix from four holders behind 1 Gb/s links, and what a bad one among them costs (needs root)."""
     from p2pkv.bench import faults as bench
 
-    finish(bench.run(quick=quick), json=json, check=check)
+    with cleaning_up():
+        measured = bench.run(quick=quick)
+    finish(measured, json=json, check=check)
 
 
 @app.command()
@@ -129,7 +155,7 @@ def ttft(
     from p2pkv.demo.ttft import throttled
 
     progress = Progress()
-    with throttled(model_dir=model, progress=progress.say) as scene:
+    with cleaning_up(), throttled(model_dir=model, progress=progress.say) as scene:
         measured = bench.run(scene, quick=quick, progress=progress)
     finish(measured, json=json, check=check)
 
@@ -150,8 +176,11 @@ def busy(
     from p2pkv.demo.busy import busy_source
 
     progress = Progress()
-    with busy_source(
-        transport=transport, prompt_tokens=bench.PROMPT_TOKENS, model_dir=model, progress=progress.say
-    ) as scene:
+    with (
+        cleaning_up(),
+        busy_source(
+            transport=transport, prompt_tokens=bench.PROMPT_TOKENS, model_dir=model, progress=progress.say
+        ) as scene,
+    ):
         measured = bench.run(scene, quick=quick, progress=progress)
     finish(measured, json=json, check=check)

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from p2pkv.cli.lookup import ask, table, words
-from p2pkv.errors import ConfigError, InvalidArgument
+from p2pkv.cli.lookup import ask, question, table
 
 
 def explain(
@@ -21,7 +20,10 @@ def explain(
     ] = None,
     agent: Annotated[str, typer.Option(metavar="HOST:PORT", help="The agent's HTTP endpoint.")] = "127.0.0.1:7840",
     prefill_ms: Annotated[
-        float | None, typer.Option(help="What computing one block takes; default: what an engine there has said last.")
+        float | None,
+        typer.Option(
+            min=0.001, max=1e9, help="What computing one block takes; default: what an engine there has said last."
+        ),
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Tenant of the cache.")] = None,
     lora: Annotated[str | None, typer.Option(help="LoRA adapter's name.")] = None,
@@ -29,17 +31,9 @@ def explain(
     json_: Annotated[bool, typer.Option("--json", help="Print the agent's answer as it is.")] = False,
 ) -> None:
     """Show from where an agent would get a prompt's blocks now, how far, and why. Nothing is pulled for it."""
-    if (tokens is None) == (hashes is None):
-        raise ConfigError("give either --tokens or --hashes")
     body: dict[str, Any] = {"model": model, "tenant_id": tenant, "lora_name": lora, "cache_salt": salt}
     body["prefill_ms"] = prefill_ms
-    if tokens is not None:
-        try:
-            body["token_ids"] = [int(word) for word in words(tokens)]
-        except ValueError as error:
-            raise InvalidArgument("token ids are integers", reason=error) from error
-    else:
-        body["hashes"] = words(hashes or "")
+    body |= question(tokens, hashes, hashes_as="hashes")
     plans, _ = ask(f"http://{agent}/v1/plan", body)
     if json_:
         print(json.dumps(plans))

@@ -14,6 +14,7 @@ from p2pkv.errors import AgentUnavailable, ConfigError, InvalidArgument
 
 TIMEOUT_S: Final = 5.0
 ANSWER_BYTES_MAX: Final = 64 << 20
+REASON_BYTES_MAX: Final = 2_000
 
 
 def lookup(
@@ -31,18 +32,9 @@ def lookup(
     json_: Annotated[bool, typer.Option("--json", help="Print the agent's answer as it is.")] = False,
 ) -> None:
     """Show how much of a prompt each node holds, by one agent's own index (no network beyond that agent)."""
-    if (tokens is None) == (hashes is None):
-        raise ConfigError("give either --tokens or --hashes")
     body: dict[str, Any] = {"model": model, "tenant_id": tenant, "lora_name": lora, "cache_salt": salt}
-    if tokens is not None:
-        try:
-            body["token_ids"] = [int(word) for word in words(tokens)]
-        except ValueError as error:
-            raise InvalidArgument("token ids are integers", reason=error) from error
-        path = "/query"
-    else:
-        body["seq_hashes"] = words(hashes or "")
-        path = "/query_by_hash"
+    body |= question(tokens, hashes, hashes_as="seq_hashes")
+    path = "/query" if tokens is not None else "/query_by_hash"
     answer, age_s = ask(f"http://{agent}{path}", body)
     if json_:
         print(json.dumps(answer))
@@ -58,6 +50,26 @@ def lookup(
         print("nobody holds the first block of this prompt")
         return
     table([("tenant", "node", "tokens", "in HBM", "in DRAM", "on disk"), *rows])
+
+
+def question(tokens: str | None, hashes: str | None, *, hashes_as: str) -> dict[str, Any]:
+    """What is asked about: the body's field, from the one of the two options that was given.
+
+    Raises:
+        ConfigError: both were given, or neither. InvalidArgument: a token id is no number.
+    """
+    if (tokens is None) == (hashes is None):
+        raise ConfigError(
+            "give either --tokens or --hashes",
+            hint="For instance --tokens 1,2,3; - reads them from standard input.",
+        )
+    if tokens is None:
+        return {hashes_as: words(hashes or "")}
+    try:
+        return {"token_ids": [int(word) for word in words(tokens)]}
+    except ValueError as error:
+        hint = "Give the tokenizer's numbers, not text, separated by commas or spaces."
+        raise InvalidArgument("token ids are integers", reason=error, hint=hint) from error
 
 
 def words(text: str) -> list[str]:
@@ -78,11 +90,21 @@ def ask(url: str, body: dict[str, Any]) -> tuple[Any, str | None]:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             return json.loads(response.read(ANSWER_BYTES_MAX)), response.headers.get("age")
     except urllib.error.HTTPError as error:
-        raise InvalidArgument("the agent refused the question", status=error.code, reason=error.read(500)) from error
+        reason, hint = _told(error.read(REASON_BYTES_MAX))
+        raise InvalidArgument("the agent refused the question", status=error.code, reason=reason, hint=hint) from error
     except (OSError, ValueError) as error:
         raise AgentUnavailable(
             "no agent answers", url=url, reason=error, hint="Is it running, with http.enabled, and is --agent right?"
         ) from error
+
+
+def _told(body: bytes) -> tuple[str, str]:
+    """An agent's refusal: what is wrong, and what to do about it. Of whoever else answers: its text."""
+    try:
+        told = json.loads(body)
+        return str(told["error"]), str(told.get("hint") or "Correct what the reason names, and ask again.")
+    except (ValueError, TypeError, KeyError):
+        return body[:500].decode(errors="replace"), "Is --agent an agent's HTTP endpoint, of this version?"
 
 
 def table(rows: list[tuple[str, ...]]) -> None:

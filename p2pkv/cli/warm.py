@@ -36,10 +36,12 @@ def warm(
     if top and not from_peers:
         raise ConfigError("where from is missing", hint="Say --from-peers.")
     if stop and from_peers:
-        raise ConfigError("either begin or --stop")
+        raise ConfigError(
+            "--from-peers begins a warm-up, and --stop ends one", hint="Give one of the two; --stop takes no --top."
+        )
     size = parse_size(top, key="--top") if top else 0
     if from_peers and size <= 0:
-        raise ConfigError("--top must be more than nothing")
+        raise ConfigError("--top must be more than nothing", top=top, hint="Say --top 10GiB, for instance.")
     with AgentClient(socket, name="p2pkv warm") as client:
         state = client.warm(size, within_ms=int(within * 1000), stop=stop)
         shown = 0.0

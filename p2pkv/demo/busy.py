@@ -156,7 +156,13 @@ def busy_source(*, transport: str, prompt_tokens: int, model_dir: Path, progress
     python = find_vllm_python()
     model = make_model(python, model_dir, progress)
     with Cluster(
-        python=python, model=model, transport=transport, capacity=CAPACITY, threads=1, progress=progress
+        python=python,
+        model=model,
+        transport=transport,
+        capacity=CAPACITY,
+        threads=1,
+        progress=progress,
+        engines_may_be_stopped=True,
     ) as cluster:
         progress("starting two agents and two vLLM replicas")
         cluster.start_agents(2, cores=cores.others)

@@ -62,6 +62,7 @@ class Cluster:
         python: the interpreter of vLLM's environment.
         threads: per replica, where the engines compute on the CPU; 0 = one per core. Requests come one at a time, so
             each replica may have all cores.
+        engines_may_be_stopped: they are now and then; see :class:`Child`.
         gpu: whether the engines compute on a GPU; None = look.
     """
 
@@ -71,6 +72,7 @@ class Cluster:
     capacity: str = "1GiB"
     threads: int = 0
     gpu: bool | None = None
+    engines_may_be_stopped: bool = False
     progress: Progress = lambda _: None
     agents: list[AgentNode] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
@@ -191,7 +193,7 @@ class Cluster:
         else:
             env |= cpu_environment(self.threads or min(THREADS_MAX, len(os.sched_getaffinity(0))))
         self._started += 1
-        child = self._start(name, command, env, ENGINE_TIMER_SLACK_S)
+        child = self._start(name, command, env, ENGINE_TIMER_SLACK_S, self.engines_may_be_stopped)
         replica = Replica(child, f"http://127.0.0.1:{port}", agent is not None)
         self.replicas.append(replica)
         return replica
@@ -208,8 +210,16 @@ class Cluster:
         self._children.remove(replica.child)
         self.replicas.remove(replica)
 
-    def _start(self, name: str, command: Sequence[str], env: Mapping[str, str], timer_slack_s: float = 0.0) -> Child:
-        child = Child(name, command, self.directory / (name.replace(" ", "-") + ".log"), env, timer_slack_s)
+    def _start(
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        timer_slack_s: float = 0.0,
+        may_be_stopped: bool = False,
+    ) -> Child:
+        log = self.directory / (name.replace(" ", "-") + ".log")
+        child = Child(name, command, log, env, timer_slack_s, may_be_stopped)
         self._children.append(child)
         return child
 

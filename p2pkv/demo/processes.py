@@ -31,9 +31,9 @@ class ProcessFailed(P2PKVError):
     """A child ended, or did not get ready in time; the message carries the end of its log."""
 
 
-def before_exec(timer_slack_ns: int) -> None:
-    """Run in a child: it is told to end when its parent is gone, however that ended; 0 keeps the kernel's slack."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def before_exec(timer_slack_ns: int, death_signal: int = signal.SIGTERM) -> None:
+    """Run in a child: it gets a signal when its parent is gone, however that ended; 0 keeps the kernel's slack."""
+    _libc.prctl(PR_SET_PDEATHSIG, death_signal)
     if timer_slack_ns:
         _libc.prctl(PR_SET_TIMERSLACK, timer_slack_ns)
 
@@ -43,12 +43,26 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("P2PKV_")}
 
 
+def guard(group: int) -> subprocess.Popen[bytes]:
+    """A shell that kills a process group when its standard input ends, which we alone hold, without writing to it."""
+    return subprocess.Popen(
+        ["sh", "-c", 'read -r _; kill -s KILL -- "-$0"', str(group)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 class Child:
     """One child in a process group of its own, so that whatever it starts ends with it.
 
     Args:
         timer_slack_s: how late its timers may be, and those of all that it starts, so that the kernel can let them fire
             together; 0: as late as ours.
+        may_be_stopped: it may stand still when this process dies. SIGTERM, which lets others clean up then, would never
+            arrive, and whatever it started would stand still for good. So it is killed, with its group, by a shell
+            that waits for the end of this process.
     """
 
     def __init__(
@@ -58,6 +72,7 @@ class Child:
         log: Path,
         env: Mapping[str, str] | None = None,
         timer_slack_s: float = 0.0,
+        may_be_stopped: bool = False,
     ) -> None:
         self.name = name
         self.log = log
@@ -71,8 +86,11 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=partial(before_exec, int(timer_slack_s * 1e9)),
+                preexec_fn=partial(
+                    before_exec, int(timer_slack_s * 1e9), signal.SIGKILL if may_be_stopped else signal.SIGTERM
+                ),
             )
+        self._guard = guard(self._process.pid) if may_be_stopped else None
 
     @property
     def pid(self) -> int:
@@ -128,6 +146,9 @@ class Child:
         # afterwards the id may be somebody else's.
         if self._group_killed:
             return
+        if self._guard is not None:  # before the group's id may be somebody else's
+            self._guard.kill()
+            self._guard.communicate()
         self._group_killed = True
         shared = self._shared | self._shared_now()
         with contextlib.suppress(ProcessLookupError):

@@ -151,14 +151,20 @@ def throttled(*, model_dir: Path, progress: Progress) -> Iterator[Throttled]:
         ConfigError: vLLM's environment is not there. Unavailable: this host gives no network namespaces.
         ProcessFailed: something did not start.
     """
-    if why := namespaces.missing():
+    if why := namespaces.missing(rates=True):
         raise Unavailable("hosts for this benchmark cannot be made", reason=why, hint="Run it as root, with iproute2.")
     python = find_vllm_python()
     model = make_model(python, model_dir, progress)
     with (
         Network(2) as network,
         HostedCluster(
-            python=python, model=model, transport="tcp", threads=THREADS, progress=progress, network=network
+            python=python,
+            model=model,
+            transport="tcp",
+            threads=THREADS,
+            progress=progress,
+            network=network,
+            engines_may_be_stopped=True,
         ) as cluster,
     ):
         scene = Throttled(cluster, network, model)

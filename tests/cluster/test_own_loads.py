@@ -133,11 +133,16 @@ def test_a_region_can_be_taken_back_while_loads_are_under_way(cluster: Cluster, 
     [agent] = cluster.start(1, http_on=False)
     keys = put(agent, MIB, SLOTS)
     engine = attach(agent, MIB)
-    for _ in range(5):
-        engine.cache.load(keys, engine.region, list(range(SLOTS)))
+    jobs = {engine.cache.load(keys, engine.region, list(range(SLOTS))) for _ in range(5)}
     engine.region.unmap()
     engine.map[:] = bytes(len(engine.map))
-    engine.client.poll(100)
+    ended: set[int] = set()
+
+    def all_ended() -> bool:
+        ended.update(result.job_id for result in engine.client.poll(100))
+        return ended == jobs
+
+    eventually(all_ended, why="all loads end")
     assert not any(engine.map[::4096]), "nobody writes into it any more"
 
 

@@ -13,6 +13,7 @@ from p2pkv.types import Status
 from p2pkv.wire.engine_types import Pace
 from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout, visible
 from tests.cluster.blocks import block_of, blocks_of, new_keys
+from tests.cluster.proxy import Proxy
 from tests.cluster.test_questions import ask
 from tests.cluster.test_short_way_nixl import flip_a_bit
 from tests.cluster.transports import TCP, options
@@ -62,13 +63,30 @@ def test_a_crowd_that_wants_the_same_prefix_has_it_pulled_once(cluster: Cluster)
 
 
 def test_a_holder_that_is_killed_in_mid_prefix_costs_nothing_but_time(cluster: Cluster) -> None:
-    _, cache, keys, owners = holders(cluster, 2, 64)
-    out = [bytearray(MIB.block_bytes) for _ in keys]
-    with ThreadPoolExecutor(1) as thread:
-        getting = thread.submit(cache.get_into, keys, out, 20_000)
-        owners[0].kill()
-        assert getting.result() == [True] * 64
-    assert out == blocks_of(keys, MIB.block_bytes)
+    """Links of 32 MB/s between them: by when the first one dies some of its blocks are here, and most are not."""
+    with Proxy() as first, Proxy() as second:
+        [dying] = cluster.start(1, capacity="192MiB", **options(TCP, **{"peer.advertise": first.address}))
+        first.target = dying.peer_port
+        settings = options(TCP, **{"peer.advertise": second.address})
+        [lasting] = cluster.start(1, capacity="192MiB", seeds=(first.address,), **settings)
+        second.target = lasting.peer_port
+        [reader] = cluster.start(1, capacity="192MiB", seeds=(first.address,), **options(TCP))
+        cluster.connected()
+        keys = new_keys(64)
+        for owner in (dying, lasting):
+            assert all(owner.open(MIB).put(keys, blocks_of(keys, MIB.block_bytes), deadline_ms=20_000))
+        cache = reader.open(MIB)
+        eventually(lambda: len(cache.match(keys).nodes) == 2, why="both holders are known")
+        first.rate = second.rate = 32_000_000
+        out = [bytearray(MIB.block_bytes) for _ in keys]
+        with ThreadPoolExecutor(1) as thread:
+            getting = thread.submit(cache.get_into, keys, out, 20_000)
+            eventually(lambda: getting.done() or first.passed > 4 << 20, why="blocks of the first one's have come")
+            assert not getting.done() and reader.metric("p2pkv_pulls_in_flight_blocks") > 0, "it is not in mid prefix"
+            dying.kill()
+            assert getting.result(timeout=30) == [True] * 64
+        assert out == blocks_of(keys, MIB.block_bytes)
+        assert 0 < lasting.metric("p2pkv_served_blocks_total") < 64, "what had come of the first one's was kept"
 
 
 def test_an_owner_that_sends_as_much_as_it_may_says_busy_and_others_are_asked(cluster: Cluster) -> None:

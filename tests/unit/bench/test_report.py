@@ -95,9 +95,17 @@ def _report(*claims: Claim) -> report.Report:
 
 def test_json_has_the_fields_that_the_design_names() -> None:
     found = json.loads(_report(at_most("a.b", 1.0, 2.0, "x", "of what")).to_json())
-    assert set(found) == {"bench", "version", "when", "cpu", "rows", "claims"}
+    assert set(found) == {"bench", "version", "when", "cpu", "quick", "rows", "claims"}
     assert found["claims"][0].items() >= {"id": "a.b", "value": 1.0, "limit": 2.0, "unit": "x", "ok": True}.items()
     assert found["rows"][0]["p50_us"] == 1000
+
+
+def test_a_quick_report_says_so() -> None:
+    assert not _report().quick
+    quick, out = make_report("fetch", [], [], quick=True), io.StringIO()
+    assert json.loads(quick.to_json())["quick"] is True
+    write_tables(quick, out)
+    assert out.getvalue().startswith("p2pkv bench fetch (quick): ")
 
 
 def test_a_report_is_ok_when_every_claim_is() -> None:

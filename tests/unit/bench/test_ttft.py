@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,20 +25,28 @@ class Asked:
 class Scene:
     """Computing takes a millisecond for each token; pulling a bit for each token."""
 
-    def __init__(self, *, slower: float = 0.0, questions: int = 0, right: bool = True) -> None:
+    def __init__(
+        self, *, slower: float = 0.0, slow_from: int = 0, first: float = 0.0, questions: int = 0, right: bool = True
+    ) -> None:
         self.rates: list[float] = []
-        self._slower, self._questions, self._right = slower, questions, right
+        self._slower, self._slow_from, self._first = slower, slow_from, first
+        self._questions, self._right, self._changed = questions, right, False
         self._asked = 0
 
     def set_rate(self, bits_per_s: float) -> None:
         self.rates.append(bits_per_s)
+        self._changed = True
 
     def ask(self, tokens: int) -> Asked:
         pulled = tokens * 1e5 / self.rates[-1]
         computed = tokens / 1000
+        if self._changed and self._first:
+            self._changed = False
+            return Asked(computed * self._first, computed, 0, self._right)
         if pulled < computed:
             return Asked(pulled, computed, tokens, self._right)
-        return Asked(computed * (1.0 + self._slower), computed, 0, self._right)
+        slower = self._slower if tokens >= self._slow_from else 0.0
+        return Asked(computed * (1.0 + slower), computed, 0, self._right)
 
     def ask_cold(self, tokens: int) -> Asked:
         self._asked += self._questions
@@ -47,12 +56,33 @@ class Scene:
         return self._asked
 
 
-def test_points_that_look_slow_are_asked_more_often_and_stay_slow_if_they_are() -> None:
+def points_of(scene: Scene, **options: bool) -> list[dict[str, Any]]:
+    rows = msgspec.to_builtins(ttft.run(scene, progress=Progress(), **options))["rows"]
+    return [row for row in rows if row["mbit_s"]]
+
+
+@pytest.mark.parametrize("slower", [0.2, 0.0, -0.04])
+def test_all_prompts_of_a_speed_near_the_limit_are_asked_more_often_the_quick_ones_too(slower: float) -> None:
+    for rate in ttft.RATES:
+        points = [p for p in points_of(Scene(slower=slower, slow_from=2048)) if p["mbit_s"] == rate / 1e6]
+        near = any(p["ratio"] > ttft.DOUBT for p in points)
+        assert near is (rate <= 1e8)
+        more = {tokens: ttft.MORE_LONG.get(tokens, ttft.MORE) if near else 0 for tokens in ttft.TOKENS}
+        assert {p["tokens"]: p["repeats"] for p in points} == {t: ttft.REPEATS + more[t] for t in ttft.TOKENS}
+
+
+def test_a_point_that_is_slow_stays_slow_however_often_it_is_asked() -> None:
     report = ttft.run(Scene(slower=0.2), progress=Progress())
-    points = [p for p in msgspec.to_builtins(report)["rows"] if p["mbit_s"]]
-    assert {p["repeats"] for p in points if p["ratio"] > 1.0} == {ttft.REPEATS + ttft.MORE}
-    assert {p["repeats"] for p in points if p["ratio"] <= 1.0} == {ttft.REPEATS}
     assert {claim.id for claim in report.claims if not claim.ok} == {"ttft.never_slower"}
+
+
+def test_the_first_prompt_after_each_change_of_the_link_is_shown_by_itself() -> None:
+    scene = Scene(first=3.0)
+    points = points_of(scene, quick=True)
+    for rate in ttft.RATES_QUICK:
+        first = [p["first"] for p in points if p["mbit_s"] == rate / 1e6 and p["first"] is not None]
+        assert first == [pytest.approx(3.0)]
+    assert max(p["worst"] for p in points) == pytest.approx(3.0)
 
 
 def claims(scene: Scene) -> dict[str, bool]:
