@@ -69,12 +69,13 @@ bool DirectoryReader::has(uint64_t space, std::string_view key, uint64_t length)
 }
 
 bool DirectoryReader::copy(uint64_t space, std::string_view key, unsigned char* out, uint64_t length,
-                           bool away) const {
+                           bool away, bool count) const {
     Found found;
     if (!find(space, key, length, &found)) return false;
     if (!guarded_copy(out, arena_ + found.offset, length, CopyDeadline::max(), away)) return false;
     std::atomic_thread_fence(std::memory_order_acquire);
     if (found.entry->version.load(kRelaxed) != found.version && !unchecked_) return false;
+    if (!count) return true;
     marks_[found.entry - entries_].store(1, kRelaxed);
     counts_->blocks.fetch_add(1, kRelaxed);
     counts_->bytes.fetch_add(length, kRelaxed);

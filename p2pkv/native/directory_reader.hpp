@@ -18,8 +18,8 @@ class DirectoryReader {
 
     // Copy the block to `out`, which has room for `length` bytes. False: it is not here, has another length, or its slot
     // was given to another while it was copied; `out` may have been written to. Thread-safe.
-    // `away`: past the caches (copy.hpp).
-    bool copy(uint64_t space, std::string_view key, unsigned char* out, uint64_t length, bool away) const;
+    // `away`: past the caches (copy.hpp). `count`: as a use of the block, and as a local hit.
+    bool copy(uint64_t space, std::string_view key, unsigned char* out, uint64_t length, bool away, bool count = true) const;
     // Whether it is here now.
     bool has(uint64_t space, std::string_view key, uint64_t length) const;
 

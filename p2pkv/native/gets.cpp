@@ -33,6 +33,7 @@ constexpr double kFinishS = 1.0;            // a frame that has begun: finish it
 constexpr double kSignalsS = 0.1;
 constexpr double kLookS = 0.02;             // between looks whether the agent lives, for who never asks it anything
 constexpr uint64_t kAwayBytes = 4 << 20;    // so much does not stay in a cache anyway
+constexpr uint64_t kUnleasedBytes = 1 << 20;  // what is copied in no time need not be held: RELEASE would take longer
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -134,8 +135,9 @@ Gets::Result Gets::get(const Ask& ask, const std::function<bool()>& interrupted)
     };
     Result out;
     out.statuses.assign(ask.keys.size(), kOk);
-    const auto ask_for = [&](const std::vector<size_t>& some, const std::function<void()>& meanwhile) {
+    const auto ask_for = [&](const std::vector<size_t>& some, bool unleased, const std::function<void()>& meanwhile) {
         Ask asked = ask;
+        asked.unleased = unleased;
         asked.keys.clear();
         asked.buffers.clear();
         for (const size_t i : some) {
@@ -144,6 +146,7 @@ Gets::Result Gets::get(const Ask& ask, const std::function<bool()>& interrupted)
         }
         Result result = this->ask(asked, interrupted, meanwhile);
         for (size_t n = 0; n < some.size(); ++n) out.statuses[some[n]] = result.statuses[n];
+        for (const size_t n : result.gone) gone.push_back(some[n]);
         if (out.end != End::done || result.end == End::done) return;
         out.end = result.end;
         out.detail = std::move(result.detail);
@@ -152,15 +155,15 @@ Gets::Result Gets::get(const Ask& ask, const std::function<bool()>& interrupted)
         copy_here();
     } else {
         bool copied = false;
-        ask_for(rest, [&] {
+        ask_for(rest, rest.size() * ask.block_bytes <= kUnleasedBytes, [&] {
             copy_here();
             copied = true;
         });
         if (!copied) copy_here();  // nothing could be sent
     }
     if (!gone.empty()) {
-        std::reverse(gone.begin(), gone.end());
-        ask_for(gone, [] {});
+        std::sort(gone.begin(), gone.end());
+        ask_for(std::exchange(gone, {}), false, [] {});
     }
     return out;
 }
@@ -181,12 +184,13 @@ Gets::Result Gets::ask(const Ask& ask, const std::function<bool()>& interrupted,
     if (turn.end != End::done) return end(turn.end);
     std::string body;
     msgpack::Writer writer(&body);
-    writer.array(4);
+    writer.array(5);
     writer.uint(ask.space);
     writer.array(static_cast<uint32_t>(ask.keys.size()));
     for (const std::string_view key : ask.keys) writer.bin(key);
     writer.uint(ask.deadline_ms);
     writer.uint(current_processor());
+    writer.boolean(ask.unleased);
     const End sent = send(frame::make(kGet, turn.id, body), ask.deadline, interrupted);
     if (sent != End::done) return end(sent);
     meanwhile();
@@ -212,7 +216,7 @@ Gets::Result Gets::ask(const Ask& ask, const std::function<bool()>& interrupted,
             return end(End::broken);
         }
         std::string why = complaint(ask, got);
-        if (why.empty()) copy_out(ask, got, copied, &out.statuses);
+        if (why.empty()) got.lease != 0 ? copy_out(ask, got, copied, &out) : copy_unleased(ask, got, &out);
         const double held_s = now_s() - asked_at;
         if (got.lease != 0) release(got.lease);
         if (!why.empty()) return end(End::nonsense, std::move(why));
@@ -262,6 +266,7 @@ std::string Gets::complaint(const Ask& ask, const Got& got) const {
         const auto [offset, length] = got.extents[i];
         if (status == kOk && (length != ask.block_bytes || length > arena_bytes_ || offset > arena_bytes_ - length))
             return "the agent says that a block is where it cannot be";
+        if (status == kOk && got.lease == 0 && !ask.unleased) return "the agent says that a block is here, and does not hold it";
     }
     return {};
 }
@@ -296,7 +301,7 @@ void Gets::copy_ahead(const Ask& ask, const Ahead& ahead, std::vector<Copied>* c
 }
 
 void Gets::copy_out(const Ask& ask, const Got& got, const std::vector<Copied>& copied,
-                    std::vector<unsigned char>* statuses) const {
+                    Result* out) const {
     for (size_t i = 0; i < got.indices.size(); ++i) {
         const uint32_t index = got.indices[i];
         auto status = static_cast<unsigned char>(got.statuses[i]);
@@ -306,7 +311,21 @@ void Gets::copy_out(const Ask& ask, const Got& got, const std::vector<Copied>& c
             if (!guarded_copy(ask.buffers[index] + done, arena_ + offset + done, length - done, CopyDeadline::max()))
                 status = kLost;
         }
-        (*statuses)[index] = status;
+        out->statuses[index] = status;
+    }
+}
+
+// What nobody holds for us, and may go at any time: the last key first, as in get().
+void Gets::copy_unleased(const Ask& ask, const Got& got, Result* out) const {
+    for (size_t i = got.indices.size(); i-- > 0;) {
+        const uint32_t index = got.indices[i];
+        auto status = static_cast<unsigned char>(got.statuses[i]);
+        if (status == kOk && !directory_->copy(ask.space, ask.keys[index], ask.buffers[index], ask.block_bytes, false,
+                                               false)) {
+            status = kLost;
+            out->gone.push_back(index);
+        }
+        out->statuses[index] = status;
     }
 }
 

@@ -3,7 +3,8 @@
 // A socket for GET, GOT, AHEAD and RELEASE only, shared by threads without a thread of its own. Whoever waits for an answer
 // reads the socket for everybody: the first waiter sleeps on it with the mutex released, hands each frame to whom it
 // belongs, and passes that on when its own answer is there. Blocks are copied out of the agent's arena by the thread that
-// asked for them, between GOT, which says that they are held, and RELEASE, which gives them back.
+// asked for them, between GOT, which says that they are held, and RELEASE, which gives them back. A small get does without
+// both where there is a directory: GOT says that they are there, and they are read as any block that is (directory_reader.hpp).
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -29,6 +30,7 @@ class Gets {
         uint64_t block_bytes = 0;             // each of so many bytes
         uint64_t deadline_ms = 0;             // what the agent is told,
         double deadline = 0;                  // and until when we wait: CLOCK_MONOTONIC, seconds
+        bool unleased = false;                // blocks need not be held for us: they are read by the directory
     };
     enum class End : int {
         done = 0,
@@ -43,6 +45,7 @@ class Gets {
         End end = End::done;
         std::vector<unsigned char> statuses;  // p2pkv.types.Status, per key; a buffer counts only where it is OK
         std::string detail;
+        std::vector<size_t> gone;  // were there, unleased, and are not any more: to be asked for again
     };
 
     // Takes a connected socket over. The arena stays the caller's, and so does the directory (null: everything is asked
@@ -92,7 +95,8 @@ class Gets {
     std::string complaint(const Ask& ask, const Got& got) const;
     std::string complaint(const Ask& ask, const Ahead& ahead) const;
     void copy_ahead(const Ask& ask, const Ahead& ahead, std::vector<Copied>* copied) const;
-    void copy_out(const Ask& ask, const Got& got, const std::vector<Copied>& copied, std::vector<unsigned char>* statuses) const;
+    void copy_out(const Ask& ask, const Got& got, const std::vector<Copied>& copied, Result* out) const;
+    void copy_unleased(const Ask& ask, const Got& got, Result* out) const;
 
     const int fd_;
     const unsigned char* const arena_;

@@ -156,7 +156,8 @@ void Lane::run() {
     pthread_setname_np(pthread_self(), "p2pkv-lane");
     epoll_event events[kEventsMax];
     while (!stopping_) {
-        const int n = epoll_wait(epoll_, events, kEventsMax, -1);
+        const int n = epoll_wait(epoll_, events, kEventsMax, owed_.empty() ? -1 : kReleaseMs);
+        if (!owed_.empty()) release_due(now_s());
         for (int i = 0; i < n && !stopping_; ++i) {
             const ConnectionRef connection = find(events[i].data.u64);
             if (connection == nullptr) continue;
@@ -222,7 +223,8 @@ bool Lane::parse_get(Request& request) {
     if (!reader.uint(&deadline_ms)) return false;
     uint64_t processor = kNoProcessor;
     if (fields > 3 && (!reader.uint(&processor) || processor > kNoProcessor)) return false;
-    if (!reader.skip(fields - std::min<uint64_t>(fields, 4)) || !reader.at_end()) return false;
+    if (fields > 4 && !reader.boolean(&request.unleased)) return false;
+    if (!reader.skip(fields - std::min<uint64_t>(fields, 5)) || !reader.at_end()) return false;
     request.processor = static_cast<uint32_t>(processor);
     request.asked_at = now_s();
     request.deadline = request.asked_at + std::min(static_cast<double>(deadline_ms) / 1000, kDeadlineMax);

@@ -10,6 +10,7 @@
 // is written to under its connection's mutex, by any of them.
 #pragma once
 #include <atomic>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -116,6 +117,8 @@ class Lane {
     void send_ahead(Pull& pull, const IoEvent& event);
     void settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed);
     void on_end(Pull& pull, IoEvent event, LaneEvent landed);
+    void release_soon(const Pull& pull);
+    void release_due(double now);
     void hand_over(Request& request, uint64_t node, Code code);
     void send_got(Request& request, const store::Pinned& pinned, const std::vector<uint32_t>& indices,
                   unsigned char source, bool more);
@@ -140,6 +143,12 @@ class Lane {
     std::unordered_map<std::string, bool> flights_;  // namespace and key of every block being pulled -> watched
     std::unordered_set<uint64_t> pulls_;             // jobs at the receiver
     std::unordered_set<std::string> distrusted_;
+    struct Owed {
+        uint64_t node;
+        int fd;
+        double due;
+    };
+    std::deque<Owed> owed_;  // the lane's thread only
     Completions<LaneEvent> events_;
     std::thread thread_;
 };

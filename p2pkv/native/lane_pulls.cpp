@@ -312,9 +312,17 @@ void Lane::settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed) {
         std::lock_guard lock(request.connection->mutex);
         if (request.connection->closed) return;
     }
-    store::Pinned pinned = store_.pin(request.space, keys, options_.lease_ttl_s, now, request.connection->holder);
+    store::Pinned pinned;
     std::vector<store::Place> places(request.keys.size());  // send_got looks them up by the request's index
-    for (size_t i = 0; i < came.size(); ++i) places[came[i]] = pinned.places[i];
+    if (request.unleased && !pull.told_ahead) {
+        for (size_t i = first; i < end; ++i) {
+            const store::Block& block = *pull.blocks[i];
+            places[pull.indices[i]] = {true, store::Store::offset_of(block), store::Store::length_of(block), 0, {}};
+        }
+    } else {
+        pinned = store_.pin(request.space, keys, options_.lease_ttl_s, now, request.connection->holder);
+        for (size_t i = 0; i < came.size(); ++i) places[came[i]] = pinned.places[i];
+    }
     pinned.places = std::move(places);
     // Under the mutex until it is sent: the last part has to be the last one.
     std::lock_guard lock(request.mutex);
@@ -326,13 +334,7 @@ void Lane::settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed) {
 void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
     Request& request = *pull.request;
     pool_.learn(pull.node, event.waited_s);
-    if (event.code == Code::ok) {
-        std::string body;
-        msgpack::Writer writer(&body);
-        writer.array(1);
-        writer.uint(0);
-        pool_.settle(pull.node, pull.fd, frame::make(kTypeRelease, 0, body));
-    }
+    if (event.code == Code::ok) release_soon(pull);
     if (event.code == Code::stalled) pool_.drop(pull.node);  // its other connections will not answer either
     landed.space = request.space;
     landed.node = pull.node;
@@ -370,6 +372,22 @@ void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
     --request.connection->in_flight;
     std::lock_guard lock(mutex_);
     pulls_.erase(pull.job);
+}
+
+// Tell the owner that we are done with its answer: a moment later where that costs nobody a wake-up, since the next request
+// on that connection says the same, and the engine has its blocks first.
+void Lane::release_soon(const Pull& pull) {
+    if (std::this_thread::get_id() != thread_.get_id()) return pool_.settle(pull.node, pull.fd);
+    const double due = now_s() + kReleaseMs / 1e3;
+    if (!owed_.empty() && owed_.back().fd == pull.fd && owed_.back().node == pull.node) {
+        owed_.back().due = due;
+    } else {
+        owed_.push_back({pull.node, pull.fd, due});
+    }
+}
+
+void Lane::release_due(double now) {
+    for (; !owed_.empty() && owed_.front().due <= now; owed_.pop_front()) pool_.settle(owed_.front().node, owed_.front().fd);
 }
 
 }  // namespace p2pkv

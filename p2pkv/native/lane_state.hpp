@@ -23,6 +23,8 @@ constexpr unsigned char kLocal = 1, kPeer = 2;
 // p2pkv/types.py
 constexpr unsigned char kMiss = 1, kTimeout = 3, kUnreachable = 4, kBusy = 5, kLost = 8;
 
+constexpr int kReleaseMs = 1;  // so long an owner may hold blocks that have come already
+
 inline double now_s() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
 
 // What a block that is being pulled is called.
@@ -54,6 +56,7 @@ struct Lane::Request {
     double asked_at = 0, deadline = 0;
     uint64_t space = 0, salt = 0;
     uint32_t processor = kNoProcessor;   // where the engine's thread waits
+    bool unleased = false;               // it reads what has come by the directory: nothing need be held
     std::string body;                    // what the keys are views of
     std::vector<std::string_view> keys;
 

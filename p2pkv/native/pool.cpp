@@ -5,6 +5,11 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
+
+#include "frame.hpp"
+#include "msgpack.hpp"
+#include "requests.hpp"
 
 namespace p2pkv {
 namespace {
@@ -13,6 +18,15 @@ constexpr double kFloorS = 0.08;
 constexpr double kFactor = 4.0;
 constexpr double kForget = 0.95;
 constexpr double kNearS = 0.0004;
+
+// RELEASE of what the connection's last answer held.
+std::string release_frame() {
+    std::string body;
+    msgpack::Writer writer(&body);
+    writer.array(1);
+    writer.uint(0);
+    return frame::make(kTypeRelease, 0, body);
+}
 }  // namespace
 
 void Pool::give(uint64_t node, uint32_t slot, int fd, bool owes_release) {
@@ -28,7 +42,8 @@ void Pool::give(uint64_t node, uint32_t slot, int fd, bool owes_release) {
     peer.idle.push_back({fd, owes_release});
 }
 
-void Pool::settle(uint64_t node, int fd, const std::string& release) {
+void Pool::settle(uint64_t node, int fd) {
+    static const std::string release = release_frame();
     std::lock_guard lock(mutex_);
     const auto it = peers_.find(node);
     if (it == peers_.end()) return;

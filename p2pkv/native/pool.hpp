@@ -2,7 +2,6 @@
 #pragma once
 #include <deque>
 #include <mutex>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -26,8 +25,8 @@ class Pool {
     // stays the node's for as long as the node has connections here. The oldest goes when there are too many.
     void give(uint64_t node, uint32_t slot, int fd, bool owes_release = false);
     // Tell the owner that we are done with its answer, on a connection that was given back owing that; whoever has taken
-    // it meanwhile does so by the next request. `release`: the frame.
-    void settle(uint64_t node, int fd, const std::string& release);
+    // it meanwhile does so by the next request.
+    void settle(uint64_t node, int fd);
     int take(uint64_t node);
     Taken take_slot(uint32_t slot);
     // Whose slot that is; 0 = nobody's with a connection here.

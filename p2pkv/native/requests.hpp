@@ -15,6 +15,7 @@ constexpr unsigned char kTypeGet = 12;
 constexpr unsigned char kTypeGot = 13;
 constexpr unsigned char kTypeError = 31;
 constexpr size_t kGotRecordBytes = 32;     // per asked hash: docs/protocol.md
+constexpr size_t kPinnedFixedBytes = 8;    // before the endpoint's name and the records
 constexpr size_t kPinnedRecordBytes = 40;  // the same, and where the block lies in the arena
 constexpr size_t kEndpointBytesMax = 256;  // a NIXL agent's name
 constexpr size_t kKeysMax = 16384;         // p2pkv/wire/fields.py

@@ -285,11 +285,11 @@ void Server::answer_pin(Connection& connection, bool serve_reads) {
     if (endpoint.empty()) return send_answer(connection, error_frame("busy", "the NIXL process is not running"), {});
     store::Pinned pinned;
     if (!hold(connection, &pinned) || !afford(connection, pinned)) return;
-    const size_t fixed = 8 + endpoint.size();
+    const size_t fixed = kPinnedFixedBytes + endpoint.size();
     std::string body(fixed + pinned.places.size() * kPinnedRecordBytes, '\0');
     store32(body.data(), static_cast<uint32_t>(pinned.ttl_s * 1e3));
     store32(body.data() + 4, static_cast<uint32_t>(endpoint.size()));
-    std::memcpy(body.data() + 8, endpoint.data(), endpoint.size());
+    std::memcpy(body.data() + kPinnedFixedBytes, endpoint.data(), endpoint.size());
     char* record = body.data() + fixed;
     for (const store::Place& place : pinned.places) {
         write_record(record, place);

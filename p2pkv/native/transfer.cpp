@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -51,8 +52,11 @@ Transfer::Want Transfer::on_errno(Want when_it_would_block) {
     return fail(Code::closed, std::strerror(errno));
 }
 
-Asking::Asking(uint64_t job, int fd, Limits limits, std::string request)
-    : Transfer(job, fd, limits), request_(std::move(request)), control_(frame::kHeaderBytes) {}
+Asking::Asking(uint64_t job, int fd, Limits limits, std::string request, size_t body_bytes)
+    : Transfer(job, fd, limits),
+      request_(std::move(request)),
+      frame_(frame::kHeaderBytes + body_bytes),
+      frame_wanted_(frame::kHeaderBytes) {}
 
 Transfer::Want Asking::step() {
     if (state_ == State::request) {
@@ -79,26 +83,27 @@ Transfer::Want Asking::send_request() {
     return Want::read;
 }
 
-// Fills control_; when it is full, moves on to the next state.
+// Reads what is wanted of the frame; when it is here, moves on to the next state.
 Transfer::Want Asking::read_frame() {
-    while (control_got_ < control_.size()) {
-        const ssize_t n = recv(fd, control_.data() + control_got_, control_.size() - control_got_, MSG_DONTWAIT);
+    while (frame_got_ < frame_wanted_) {
+        const ssize_t n = recv(fd, frame_.data() + frame_got_, frame_.size() - frame_got_, MSG_DONTWAIT);
         if (n < 0 && errno == EINTR) continue;
         if (n == 0) return fail(Code::closed, "the peer closed the connection");
         if (n < 0) return on_errno(Want::read);
-        control_got_ += static_cast<size_t>(n);
+        frame_got_ += static_cast<size_t>(n);
         last_progress = Clock::now();
         if (!begun) first_byte_at_ = last_progress;
         begun = true;
     }
     if (state_ == State::header) return on_header();
-    if (state_ == State::refusal) return fail(Code::refused, std::string(control_.begin(), control_.end()));
+    const auto body = std::span<const unsigned char>(frame_).subspan(frame::kHeaderBytes);
+    if (state_ == State::refusal) return fail(Code::refused, std::string(body.begin(), body.end()));
     state_ = State::answered;
-    return on_answer(control_);
+    return on_answer(body);
 }
 
 Transfer::Want Asking::on_header() {
-    const frame::Header header = frame::parse(control_.data());
+    const frame::Header header = frame::parse(frame_.data());
     if (header.version != frame::kVersion) return fail(Code::protocol, "frame of another version");
     if (header.type == kTypeError && header.length <= kRefusalBytesMax) {
         state_ = State::refusal;
@@ -107,8 +112,9 @@ Transfer::Want Asking::on_header() {
     } else {
         return fail(Code::protocol, "not an answer to what was asked");
     }
-    control_.assign(header.length, 0);
-    control_got_ = 0;
+    frame_wanted_ = frame::kHeaderBytes + header.length;
+    if (frame_got_ > frame_wanted_) return fail(Code::protocol, "more than an answer to what was asked");
+    frame_.resize(frame_wanted_);
     return Want::read;
 }
 
@@ -118,7 +124,7 @@ double Asking::waited_s() const {
 
 Receive::Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
                  uint64_t partial_bytes, uint64_t ahead_bytes)
-    : Asking(job, fd, limits, std::move(request)),
+    : Asking(job, fd, limits, std::move(request), blocks.size() * kGotRecordBytes),
       blocks_(std::move(blocks)),
       partial_bytes_(partial_bytes),
       ahead_bytes_(ahead_bytes),
@@ -140,7 +146,7 @@ bool Receive::expects(unsigned char type, size_t body_bytes) const {
     return type == kTypeGot && body_bytes == blocks_.size() * kGotRecordBytes;
 }
 
-Transfer::Want Receive::on_answer(const std::vector<unsigned char>& records) {
+Transfer::Want Receive::on_answer(std::span<const unsigned char> records) {
     for (size_t i = 0; i < blocks_.size(); ++i)
         if (!read_record(records.data() + i * kGotRecordBytes, blocks_[i].length, &statuses_[i], &expected_[i]))
             return fail(Code::protocol, kWrongLength);
@@ -215,7 +221,7 @@ void Receive::fill_final(IoEvent* event) { report(event); }
 
 Pin::Pin(uint64_t job, int fd, Limits limits, std::string request, std::vector<uint32_t> lengths,
          std::shared_ptr<PinAnswer> out)
-    : Asking(job, fd, limits, std::move(request)), lengths_(std::move(lengths)), out_(std::move(out)) {}
+    : Asking(job, fd, limits, std::move(request), kPinnedFixedBytes + lengths.size() * kPinnedRecordBytes), lengths_(std::move(lengths)), out_(std::move(out)) {}
 
 Transfer::Want Pin::begin() {
     Want want = Asking::begin();
@@ -228,19 +234,19 @@ Transfer::Want Pin::begin() {
 }
 
 bool Pin::expects(unsigned char type, size_t body_bytes) const {
-    const size_t least = 8 + lengths_.size() * kPinnedRecordBytes;
+    const size_t least = kPinnedFixedBytes + lengths_.size() * kPinnedRecordBytes;
     return type == kTypePinned && body_bytes >= least && body_bytes <= least + kEndpointBytesMax;
 }
 
-Transfer::Want Pin::on_answer(const std::vector<unsigned char>& body) {
+Transfer::Want Pin::on_answer(std::span<const unsigned char> body) {
     const size_t name_bytes = load32(body.data() + 4), count = lengths_.size();
-    if (body.size() != 8 + name_bytes + count * kPinnedRecordBytes) return fail(Code::protocol, "malformed PINNED");
+    if (body.size() != kPinnedFixedBytes + name_bytes + count * kPinnedRecordBytes) return fail(Code::protocol, "malformed PINNED");
     out_->ttl_s = load32(body.data()) / 1e3;
-    out_->endpoint.assign(reinterpret_cast<const char*>(body.data()) + 8, name_bytes);
+    out_->endpoint.assign(reinterpret_cast<const char*>(body.data()) + kPinnedFixedBytes, name_bytes);
     out_->statuses.resize(count);
     out_->offsets.resize(count);
     out_->checksums.resize(count);
-    const unsigned char* record = body.data() + 8 + name_bytes;
+    const unsigned char* record = body.data() + kPinnedFixedBytes + name_bytes;
     for (size_t i = 0; i < count; ++i, record += kPinnedRecordBytes) {
         if (!read_record(record, lengths_[i], &out_->statuses[i], &out_->checksums[i]))
             return fail(Code::protocol, kWrongLength);
@@ -260,16 +266,28 @@ Transfer::Want Send::begin() { return send_up_to(kBeginBytes); }
 Transfer::Want Send::step() { return send_up_to(kTurnBytes); }
 
 Transfer::Want Send::send_up_to(uint64_t bytes) {
+    uint64_t turn = 0;
     while (header_sent_ < header_.size()) {
-        const int more = runs_.empty() ? 0 : MSG_MORE;
-        const ssize_t n = send(fd, header_.data() + header_sent_, header_.size() - header_sent_,
-                               MSG_NOSIGNAL | MSG_DONTWAIT | more);
+        const size_t left = header_.size() - header_sent_;
+        iovec parts[2] = {{header_.data() + header_sent_, left}, {nullptr, 0}};
+        if (mapping_ != nullptr && !runs_.empty()) {  // with what follows, in one system call
+            const size_t piece = std::min<uint64_t>({kSendfileBytes, bytes, runs_[0].length});
+            parts[1] = {const_cast<unsigned char*>(mapping_) + runs_[0].offset, piece};
+        }
+        msghdr message{};
+        message.msg_iov = parts;
+        message.msg_iovlen = parts[1].iov_len != 0 ? 2 : 1;
+        const bool more = !runs_.empty() && message.msg_iovlen == 1;
+        const ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT | (more ? MSG_MORE : 0));
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return on_errno(Want::write);
-        header_sent_ += static_cast<size_t>(n);
+        const size_t of_header = std::min(left, static_cast<size_t>(n));
+        header_sent_ += of_header;
+        run_sent_ += static_cast<size_t>(n) - of_header;
+        bytes_ += static_cast<size_t>(n) - of_header;
+        turn += static_cast<size_t>(n) - of_header;
         last_progress = Clock::now();
     }
-    uint64_t turn = 0;
     while (run_ < runs_.size()) {
         const FileRun& run = runs_[run_];
         if (run_sent_ == run.length) {

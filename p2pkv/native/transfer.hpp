@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -105,7 +106,8 @@ struct Destination {
 // Sends a request and reads the one frame that answers it, as GET and PIN have in common.
 class Asking : public Transfer {
   public:
-    Asking(uint64_t job, int fd, Limits limits, std::string request);
+    // `body_bytes`: that the answer's body will have, or has at least, so that it comes with the header in one system call.
+    Asking(uint64_t job, int fd, Limits limits, std::string request, size_t body_bytes);
     Want begin() override { return send_request(); }
     Want step() override;
 
@@ -113,7 +115,7 @@ class Asking : public Transfer {
     // Whether an answer may be of this type and have a body of so many bytes.
     virtual bool expects(unsigned char type, size_t body_bytes) const = 0;
     // The whole body is here. Want::done ends the transfer; else go_on() follows.
-    virtual Want on_answer(const std::vector<unsigned char>& body) = 0;
+    virtual Want on_answer(std::span<const unsigned char> body) = 0;
     virtual Want go_on() = 0;
     double waited_s() const;  // until the first byte; 0 = none came
 
@@ -126,8 +128,9 @@ class Asking : public Transfer {
     State state_ = State::request;
     std::string request_;
     size_t sent_ = 0;
-    std::vector<unsigned char> control_;  // header or body being read
-    size_t control_got_ = 0;
+    std::vector<unsigned char> frame_;  // being read; as long as it can be without taking what follows it
+    size_t frame_got_ = 0;
+    size_t frame_wanted_;  // the header, then all of it
     Clock::time_point first_byte_at_{};
 };
 
@@ -148,7 +151,7 @@ class Receive final : public Asking {
 
   private:
     bool expects(unsigned char type, size_t body_bytes) const override;
-    Want on_answer(const std::vector<unsigned char>& records) override;
+    Want on_answer(std::span<const unsigned char> records) override;
     Want go_on() override;
     bool next_block();
     bool ahead() const;
@@ -189,7 +192,7 @@ class Pin final : public Asking {
 
   private:
     bool expects(unsigned char type, size_t body_bytes) const override;
-    Want on_answer(const std::vector<unsigned char>& body) override;
+    Want on_answer(std::span<const unsigned char> body) override;
     Want go_on() override { return Want::done; }
 
     const std::vector<uint32_t> lengths_;  // that the blocks must have

@@ -112,19 +112,23 @@ class Get(msgspec.Struct, frozen=True, array_like=True):
     """Hold these blocks in the arena, pulled from peers if need be, within the deadline -> one or more GOT.
 
     ``processor``: where the thread runs that asks and will copy, so that nobody who works for it is put there.
+    ``unleased``: blocks need not be held, since the client reads them by the arena's directory, and asks again for what
+    has gone by then.
     """
 
     namespace: U64
     keys: Hashes
     deadline_ms: U32
     processor: U16 = NO_PROCESSOR
+    unleased: bool = False
 
 
 class Got(msgspec.Struct, frozen=True, array_like=True):
     """Part of the answer to GET: blocks that can be read in the arena, or have failed. ``more``: another part follows.
 
     ``indices`` says which of the asked keys the lists are about. The extents are held under ``lease`` until ``ttl_ms``
-    after the request reached the agent; misses have length 0; lease 0 = nothing is held.
+    after the request reached the agent; misses have length 0; lease 0 = nothing is held, and what is OK is to be read by
+    the directory, which says whether it still is (only if GET was ``unleased``).
     """
 
     lease: U64
