@@ -17,6 +17,7 @@ namespace {
 constexpr double kFloorS = 0.08;
 constexpr double kFactor = 4.0;
 constexpr double kForget = 0.95;
+constexpr double kSlower = 1.02;  // per answer: a peer that is near no longer is seen to be so after a hundred
 constexpr double kNearS = 0.0004;
 
 // RELEASE of what the connection's last answer held.
@@ -80,7 +81,7 @@ Pool::Taken Pool::take_slot(uint32_t slot) {
     const auto node = node_of_slot_.find(slot);
     if (node == node_of_slot_.end()) return {};
     Peer& peer = peers_[node->second];
-    const bool near = peer.first_byte_s > 0 && peer.first_byte_s < kNearS;
+    const bool near = peer.quickest_s > 0 && peer.quickest_s < kNearS;
     return {pop(peer), node->second, first_byte_s(peer), near};
 }
 
@@ -142,7 +143,9 @@ void Pool::learn(uint64_t node, double waited_s) {
     std::lock_guard lock(mutex_);
     const auto it = peers_.find(node);
     if (it == peers_.end()) return;
-    it->second.slowest_s = std::max(waited_s, it->second.slowest_s * kForget);
+    Peer& peer = it->second;
+    peer.slowest_s = std::max(waited_s, peer.slowest_s * kForget);
+    peer.quickest_s = peer.quickest_s <= 0 ? waited_s : std::min(waited_s, peer.quickest_s * kSlower);
 }
 
 }  // namespace p2pkv

@@ -53,6 +53,7 @@ class Pool {
     struct Peer {
         uint32_t slot = 0;
         double slowest_s = 0;
+        double quickest_s = 0;  // of late; a large answer before it, or a busy owner, says nothing about how far the peer is
         double first_byte_s = 0, byte_s = 0;  // expected; 0: not known
         std::deque<Idle> idle;  // the warmest last
     };

@@ -134,10 +134,14 @@ Receive::Receive(uint64_t job, int fd, Limits limits, std::string request, std::
 
 Transfer::Want Receive::begin() {
     Want want = Asking::begin();
+    if (!look) return want;
     const auto until = std::min(limits.deadline, started + kReceiveLookMost);
-    while (want == Want::read && look && Clock::now() < std::min(until, last_progress + kReceiveLook) && look()) {
+    auto heard = Clock::now();  // not last_progress: the owner may have run here, in front of us, since the request went out
+    while (want == Want::read && Clock::now() < std::min(until, heard + kReceiveLook) && look()) {
+        const auto before = last_progress;
         sched_yield();
         want = step();
+        if (last_progress != before) heard = Clock::now();
     }
     return want;
 }
