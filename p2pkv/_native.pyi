@@ -168,6 +168,9 @@ class Pool:
     def learn(self, node: int, waited_s: float) -> None:
         """The node's first byte came after this long; 0 says nothing. Of nodes that have a connection here."""
 
+    def is_near(self, node: int) -> bool:
+        """Whether it answers in less time than it takes to wake a thread or two. For tests."""
+
     def clear(self) -> None: ...
     def idle(self) -> int: ...
     def idle_at(self, node: int) -> int: ...

@@ -227,7 +227,7 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress, besid
             buffers, memcpy = bench.buffers[: case.blocks], sources[case]
             out: dict[str, Callable[[], float | None]] = {
                 "memcpy": lambda: memcpy.read(buffers),
-                "get_into": lambda: bench.get_into(case),
+                "get_into": lambda: bench.get_into(case, awake=bool(others)),
                 "load": lambda: bench.load(case),
             }
             if case.local:
@@ -354,8 +354,13 @@ class Bench:
             if self.get_into(case) is None or self.load(case) is None:
                 raise P2PKVError("a get failed while nothing else was going on", blocks=case.blocks)
 
-    def get_into(self, case: Case) -> float | None:
-        """One get into this process's buffers; seconds, or None where a block did not come."""
+    def get_into(self, case: Case, *, awake: bool = False) -> float | None:
+        """One get into this process's buffers; seconds, or None where a block did not come.
+
+        ``awake``: after one that does not count, as rivals' gets are (:mod:`p2pkv.bench.rival_child`).
+        """
+        if awake:
+            self.get_into(Case("awake", 1, 1, local=case.local))
         _, cache = self._end(case)
         keys = self._choose(case)
         buffers = self.buffers[: case.blocks]

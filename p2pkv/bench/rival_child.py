@@ -2,7 +2,7 @@
 
 A block is made from its number, so that reader and holder need to tell each other nothing. A reader goes through the
 ring once, says ``ready``, and then answers each line, a number of blocks, with ``ok SECONDS``, ``failed`` or ``wrong``.
-Each get that counts follows one of one block that does not: its processes have slept while others were measured, and
+Each get that counts follows one of one block that does not, as ours do then: its processes have slept while others were measured, and
 whatever is said over a rival is said over one that is awake. A process that cannot start says ``cannot WHY``.
 """
 

@@ -50,6 +50,7 @@ void bind_lane(nb::module_& m) {
         .def("drop", &Pool::drop, "node"_a)
         .def("expect", &Pool::expect, "node"_a, "first_byte_s"_a, "byte_s"_a)
         .def("learn", &Pool::learn, "node"_a, "waited_s"_a)
+        .def("is_near", &Pool::is_near, "node"_a)
         .def("clear", &Pool::clear)
         .def("idle", &Pool::idle)
         .def("idle_at", &Pool::idle_at, "node"_a);

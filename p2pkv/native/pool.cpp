@@ -76,13 +76,20 @@ double Pool::first_byte_s(const Peer& peer) const {
     return std::min(ceiling_s_, std::max(kFloorS, kFactor * peer.slowest_s));
 }
 
+bool Pool::near(const Peer& peer) { return peer.quickest_s > 0 && peer.quickest_s < kNearS; }
+
+bool Pool::is_near(uint64_t node) {
+    std::lock_guard lock(mutex_);
+    const auto it = peers_.find(node);
+    return it != peers_.end() && near(it->second);
+}
+
 Pool::Taken Pool::take_slot(uint32_t slot) {
     std::lock_guard lock(mutex_);
     const auto node = node_of_slot_.find(slot);
     if (node == node_of_slot_.end()) return {};
     Peer& peer = peers_[node->second];
-    const bool near = peer.quickest_s > 0 && peer.quickest_s < kNearS;
-    return {pop(peer), node->second, first_byte_s(peer), near};
+    return {pop(peer), node->second, first_byte_s(peer), near(peer)};
 }
 
 uint64_t Pool::node_of(uint32_t slot) {

@@ -42,6 +42,8 @@ class Pool {
     // Seconds until so many bytes of the slot's node are here; infinite where it has no idle connection.
     double cost(uint32_t slot, uint64_t bytes);
 
+    // Whether waiting for it without sleeping is worth while.
+    bool is_near(uint64_t node);
     // The node's first byte came after this long (see p2pkv/transport/patience.py for the estimate).
     void learn(uint64_t node, double waited_s);
 
@@ -58,6 +60,7 @@ class Pool {
         std::deque<Idle> idle;  // the warmest last
     };
     double first_byte_s(const Peer& peer) const;
+    static bool near(const Peer& peer);
     int pop(Peer& peer);
 
     const size_t per_node_;

@@ -96,15 +96,31 @@ def test_what_one_peer_has_is_pulled_without_the_event_loop(pair: list[AgentProc
     keys = put(pair[0], 20)
     visible(cache, keys)
     peer, handed_over = pair[1].metric(PEER), pair[1].metric(HANDED_OVER)
-    pulled = pair[1].metric("p2pkv_pulled_blocks_total")
+    pulled, hits = pair[1].metric("p2pkv_pulled_blocks_total"), pair[1].metric(HITS)
     for key in keys:
         assert read(cache, [key]) == [Status.OK]
     assert pair[1].metric(PEER) == peer + 20
     assert pair[1].metric(HANDED_OVER) == handed_over
     eventually(lambda: pair[1].metric("p2pkv_pulled_blocks_total") == pulled + 20, why="all are counted")
     assert pair[1].metric('p2pkv_get_blocks_total{source="peer"}') >= 20
+    assert pair[1].metric(HITS) == hits, "what came is no local hit, although the engine read it by the directory"
     assert cache.match(keys).local == 20, "and is ours now"
     eventually(lambda: pair[0].open(LAYOUT).match(keys).anywhere == 20, why="and the first agent hears so")
+
+
+def test_what_is_pulled_for_who_needs_no_lease_is_not_held(pair: list[AgentProcess]) -> None:
+    cache = warm(pair)
+    keys = put(pair[0], 2)
+    visible(cache, keys)
+    before = pair[1].metric("p2pkv_leases")
+    with lane_connection(pair[1], layout=LAYOUT) as lane:
+        for key in keys:
+            got = lane.ask(engine.Get(LAYOUT.namespace, [key], 10_000, NO_PROCESSOR, unleased=True))
+            assert isinstance(got, engine.Got) and (got.lease, bytes(got.statuses)) == (0, bytes([Status.OK]))
+        assert pair[1].metric("p2pkv_leases") == before
+        got = lane.ask(engine.Get(LAYOUT.namespace, keys, 10_000, NO_PROCESSOR, unleased=True))
+        assert isinstance(got, engine.Got) and got.lease != 0, "who asks for what is here could not read it: it is held"
+    eventually(lambda: pair[0].metric("p2pkv_served_leases") == 0, 3.0, why="the owner need not hold what has come")
 
 
 def test_an_agent_without_it_gives_the_same(cluster: Cluster) -> None:
@@ -208,7 +224,7 @@ def test_a_namespace_that_was_not_opened_is_refused(pair: list[AgentProcess]) ->
         assert isinstance(lane.ask(engine.Get(LAYOUT.namespace, new_keys(1), 10)), engine.Got), "and it goes on"
 
 
-@pytest.mark.parametrize("rest", [[], [NO_PROCESSOR], [0], [1, "what later versions may say", [2]]])
+@pytest.mark.parametrize("rest", [[], [NO_PROCESSOR], [0], [0, False], [1, True, "what later versions may say", [2]]])
 def test_an_engine_may_say_where_it_waits(pair: list[AgentProcess], rest: list[object]) -> None:
     keys = put(pair[0], 1)
     body = msgspec.msgpack.encode([LAYOUT.namespace, keys, 1_000, *rest])
@@ -223,6 +239,14 @@ def test_an_engine_may_say_where_it_waits(pair: list[AgentProcess], rest: list[o
 @pytest.mark.parametrize("processor", [NO_PROCESSOR + 1, -1, (1 << 64) - 1, "0", None])
 def test_a_processor_that_cannot_be_is_against_the_protocol(pair: list[AgentProcess], processor: object) -> None:
     body = msgspec.msgpack.encode([LAYOUT.namespace, put(pair[0], 1), 1_000, processor])
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        lane.send(encode(engine.EngineType.GET, body, 7))
+        lane.closed_by_the_agent()
+
+
+@pytest.mark.parametrize("unleased", [1, "yes", None])
+def test_a_wish_that_is_neither_yes_nor_no_is_against_the_protocol(pair: list[AgentProcess], unleased: object) -> None:
+    body = msgspec.msgpack.encode([LAYOUT.namespace, put(pair[0], 1), 1_000, NO_PROCESSOR, unleased])
     with lane_connection(pair[0], layout=LAYOUT) as lane:
         lane.send(encode(engine.EngineType.GET, body, 7))
         lane.closed_by_the_agent()

@@ -85,7 +85,7 @@ def test_a_ring_is_larger_than_what_the_reader_keeps_and_a_batch_fits_under_leas
 
 
 def _kill(during: float, miss: float, status: Status = Status.MISS, then: float = 1e-3) -> failover.Kill:
-    return failover.Kill([1e-4] * 1000, [during] * 1000, [1e-4] * 1000, 1e-3, miss, status, then, 1e-3, 1.0)
+    return failover.Kill([1e-4] * 1000, [during] * 1000, [1e-4] * 1000, 1e-3, 1e-3, miss, status, then, 1e-3, 1.0)
 
 
 def _rounds(fault: str, kills: list[failover.Kill], size: int = failover.CAPACITY_BYTES) -> list[failover.Round]:

@@ -75,7 +75,7 @@ def agent() -> Iterator[Agent]:
 
 
 def got(offset: int, status: Status = Status.OK) -> Got:
-    return Got(0, 10_000, [0], bytes([status]), b"\x02", [Extent(offset, BLOCK)], False)
+    return Got(1, 10_000, [0], bytes([status]), b"\x02", [Extent(offset, BLOCK)], False)
 
 
 def test_the_rest_is_copied_when_the_block_is_proven(agent: Agent) -> None:
@@ -127,8 +127,8 @@ def test_a_place_outside_of_the_arena_is_not_taken(agent: Agent) -> None:
         agent.get(lambda: agent.say(Ahead(0, 1 << 40, 10), got(0)))
 
 
-def answer(indices: list[int], statuses: bytes, extents: list[Extent]) -> Got:
-    return Got(0, 10_000, indices, statuses, b"", extents, False)
+def answer(indices: list[int], statuses: bytes, extents: list[Extent], lease: int = 1) -> Got:
+    return Got(lease, 10_000, indices, statuses, b"", extents, False)
 
 
 HERE = Extent(0, BLOCK)
@@ -146,6 +146,7 @@ OK = bytes([Status.OK])
         (answer([0], OK, [Extent(0, BLOCK - 1)]), "where it cannot be"),
         (answer([0], OK, [Extent(2 * BLOCK + 1, BLOCK)]), "where it cannot be"),
         (answer([0], OK, [Extent((1 << 64) - 1, BLOCK)]), "where it cannot be"),
+        (answer([0], OK, [HERE], lease=0), "does not hold it"),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_an_error_and_copies_nothing(agent: Agent, lie: Got, complaint: str) -> None:

@@ -69,6 +69,8 @@ class Agent:
 
     def asked(self) -> tuple[int, Get]:
         request_id, get = self.hear()
+        while isinstance(get, ReleaseLease):
+            request_id, get = self.hear()
         assert isinstance(get, Get)
         return request_id, get
 
@@ -101,7 +103,7 @@ def ask(
     return threads.submit(get, agent, [KEY] * count, out, seconds), out
 
 
-def got(*slots: int, lease: int = 0, ttl_ms: int = 60_000, first: int = 0, more: bool = False) -> Got:
+def got(*slots: int, lease: int = 1, ttl_ms: int = 60_000, first: int = 0, more: bool = False) -> Got:
     indices = list(range(first, first + len(slots)))
     return Got(lease, ttl_ms, indices, bytes(len(slots)), b"", [Extent(slot * BLOCK, BLOCK) for slot in slots], more)
 
@@ -214,7 +216,7 @@ def test_an_arena_that_was_cut_off_is_a_loss_and_not_the_end(tmp_path: Any, thre
     out = bytearray(4096)
     asked = threads.submit(gets.get, SPACE, [KEY], [out], 4096, 1000, time.monotonic() + LONG_S)
     [frame] = FrameDecoder().feed(theirs.recv(4096))
-    answer = Got(0, 9999, [0], b"\0", b"", [Extent(2 * 4096, 4096)], False)
+    answer = Got(1, 9999, [0], b"\0", b"", [Extent(2 * 4096, 4096)], False)
     theirs.sendall(CODEC.encode(answer, frame.request_id))
     assert asked.result() == (End.DONE, bytes([Status.LOST]), b"")
     theirs.close()
@@ -242,7 +244,10 @@ def test_whoever_waits_hears_that_the_agent_has_gone(agent: Agent, threads: Thre
     ends = [each.result() for each in asked]
     assert sum(statuses == bytes([Status.OK, Status.LOST]) for _, statuses, _ in ends) == 1
     assert {end for end, _, _ in ends} == {End.BROKEN}
-    assert agent.gets.broken == "the agent closed it"
+    assert agent.gets.broken in (
+        "the agent closed it",
+        "send failed: Broken pipe",
+    )  # who gives a lease back may see it first
     assert get(agent, [KEY], [bytearray(BLOCK)]) == (End.BROKEN, bytes([Status.LOST]), b"the agent closed it")
 
 
@@ -447,7 +452,7 @@ json_like = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
-GOTS: list[object] = [0, 9999, [0], b"\0", b"\2", [[BLOCK, BLOCK]], False]
+GOTS: list[object] = [1, 9999, [0], b"\0", b"\2", [[BLOCK, BLOCK]], False]
 AHEADS: list[object] = [0, BLOCK, 100]
 
 

@@ -244,6 +244,23 @@ def test_a_refusal_is_handed_on(bench: Bench) -> None:
     assert b"later" in end.detail
 
 
+def test_a_refusal_longer_than_the_answer_would_be_is_handed_on(bench: Bench) -> None:
+    bench.receive([100])
+    bench.asked()
+    bench.send(CODEC.encode(PeerError("busy", "later" * 50)))
+    end = bench.end()
+    assert end.code is Code.REFUSED
+    assert b"later" * 50 in end.detail
+
+
+def test_nothing_may_follow_a_refusal(bench: Bench) -> None:
+    bench.receive([100] * 8)
+    bench.asked()
+    bench.send(CODEC.encode(PeerError("busy", "later")) + b"z" * 4096)
+    assert bench.end().code is Code.PROTOCOL
+    assert bench.memory == b"\xee" * len(bench.memory)
+
+
 @pytest.mark.parametrize("cut", [0, 5, 12, 40, 75, 76, 100, 76 + LENGTH, 80 + LENGTH])
 def test_an_answer_that_ends_early_is_closed_and_whole_blocks_count(bench: Bench, cut: int) -> None:
     blocks = contents(2)
