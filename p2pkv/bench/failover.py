@@ -1,12 +1,12 @@
 """``p2pkv bench failover``: a peer is killed, or stands still; do local hits feel it, and what do gets of it take?
 
 Three agents; this process is the engine of the first. It gets local blocks one by one while another agent is killed
-(SIGKILL) or stopped (SIGSTOP: its sockets stay open, and say nothing) in between, and right after that, when nobody may
-know it yet, asks once for a block that only this agent had; then for others of its blocks, one by one. What that costs
-is beside what a block that nobody has costs: the first beside the median of many, the longest of the others beside the
-longest of as many, asked for in turn with them, since the longest of eight of anything is longer than a median. Repeated
-with a fresh victim; the claims are about the median round for the ratios (two cores have other things to do as well) and
-about the worst round for the misses.
+(SIGKILL) or stopped (SIGSTOP: its sockets stay open, and say nothing) in between, and right after that, when nobody
+may know it yet, asks once for a block that only this agent had; then for others of its blocks, one by one. What that
+costs is beside what a block that nobody has costs: the first beside the median of many, the longest of the others
+beside the longest of as many, asked for in turn with them, since the longest of eight of anything is longer than a
+median. Repeated with a fresh victim; the claims are about the median round for the ratios (two cores have other
+things to do as well) and about the worst round for the misses.
 
 This process has a processor to itself, and the agents have the others: where the scheduler puts two threads that take
 turns, on one processor or on two, makes a factor of 2.5 in a virtual machine (waking an idle processor is slow there),

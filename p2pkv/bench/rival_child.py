@@ -1,9 +1,10 @@
 """What the processes of rivals have in common: the blocks, and how a reader is asked.
 
 A block is made from its number, so that reader and holder need to tell each other nothing. A reader goes through the
-ring once, says ``ready``, and then answers each line, a number of blocks, with ``ok SECONDS``, ``failed`` or ``wrong``.
-Each get that counts follows one of one block that does not, as ours do then: its processes have slept while others were measured, and
-whatever is said over a rival is said over one that is awake. A process that cannot start says ``cannot WHY``.
+ring once, says ``ready``, and then answers each line, a number of blocks, with ``ok SECONDS``, ``failed`` or
+``wrong``. Each get that counts follows one of one block that does not, as ours do then: its processes have slept
+while others were measured, and whatever is said over a rival is said over one that is awake. A process that cannot
+start says ``cannot WHY``.
 """
 
 from __future__ import annotations
