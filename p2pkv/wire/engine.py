@@ -127,7 +127,7 @@ class Got(msgspec.Struct, frozen=True, array_like=True):
     """Part of the answer to GET: blocks that can be read in the arena, or have failed. ``more``: another part follows.
 
     ``indices`` says which of the asked keys the lists are about. The extents are held under ``lease`` until ``ttl_ms``
-    after the request reached the agent; misses have length 0; lease 0 = nothing is held, and what is OK is to be read by
+    after the request reached the agent; misses have length 0. Lease 0: nothing is held, and what is OK is to be read by
     the directory, which says whether it still is (only if GET was ``unleased``).
     """
 
