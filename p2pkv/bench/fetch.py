@@ -11,6 +11,8 @@ that an engine has: ``get_into`` its own buffer, or ``load`` into a region that 
 * Cases, ways and limits take turns, in a new random order each round: they see the same machine.
 * ``memcpy_region`` is memcpy into the region that ``load`` writes to: other memory (4 KiB pages of a memfd) has another
   speed. Each case copies from a source of its own, so that it is as hot as the block that ours reads, not hotter.
+* Beside a rival, whose processes have slept while others were measured, everybody's call follows one of one block that
+  does not count; so what is measured beside a rival is not to be compared with what is measured without.
 * Nothing is measured cold: buffers, arenas, connections and limits have been through all blocks once before.
 """
 
@@ -233,9 +235,9 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress, besid
             if case.local:
                 out["memcpy_region"] = lambda: memcpy.read(bench.region(case))
             else:
-                out["raw_tcp"] = lambda: tcp.read(buffers)
+                out["raw_tcp"] = awake(lambda count: tcp.read(buffers[:count]), case, bool(others))
                 if nixl is not None:
-                    out["raw_nixl"] = lambda: nixl.read(case.blocks, phase.block_bytes)
+                    out["raw_nixl"] = awake(lambda count: nixl.read(count, phase.block_bytes), case, bool(others))
                 out |= {name: functools.partial(other.read, case.blocks) for name, other in others.items()}
             return out
 
@@ -246,6 +248,17 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress, besid
                 call()
         samples = interleave(turns, rounds, what, progress)
     return [row for case in phase.cases for row in rows_of(case, phase, transport, samples)]
+
+
+def awake(read: Callable[[int], float], case: Case, before: bool) -> Callable[[], float]:
+    """A limit's read of the case's blocks; ``before``: after one of one block that does not count, as the others' are."""
+
+    def call() -> float:
+        if before:
+            read(1)
+        return read(case.blocks)
+
+    return call
 
 
 class Samples:
