@@ -251,7 +251,7 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress, besid
 
 
 def awake(read: Callable[[int], float], case: Case, before: bool) -> Callable[[], float]:
-    """A limit's read of the case's blocks; ``before``: after one of one block that does not count, as the others' are."""
+    """A limit's read of the case's blocks; ``before``: after one of one block that does not count, as all others'."""
 
     def call() -> float:
         if before:
