@@ -11,8 +11,8 @@ that an engine has: ``get_into`` its own buffer, or ``load`` into a region that 
 * Cases, ways and limits take turns, in a new random order each round: they see the same machine.
 * ``memcpy_region`` is memcpy into the region that ``load`` writes to: other memory (4 KiB pages of a memfd) has another
   speed. Each case copies from a source of its own, so that it is as hot as the block that ours reads, not hotter.
-* Beside a rival, whose processes have slept while others were measured, everybody's call follows one of one block that
-  does not count; so what is measured beside a rival is not to be compared with what is measured without.
+* Beside a rival, whose processes have slept while others were measured, its gets, ours of blocks that are elsewhere and
+  raw reads follow one of one block that does not count: not to be compared with what is measured without a rival.
 * Nothing is measured cold: buffers, arenas, connections and limits have been through all blocks once before.
 """
 
@@ -229,7 +229,7 @@ def measure(phase: Phase, transport: str, rounds: int, progress: Progress, besid
             buffers, memcpy = bench.buffers[: case.blocks], sources[case]
             out: dict[str, Callable[[], float | None]] = {
                 "memcpy": lambda: memcpy.read(buffers),
-                "get_into": lambda: bench.get_into(case, awake=bool(others)),
+                "get_into": lambda: bench.get_into(case, awake=bool(others) and not case.local),
                 "load": lambda: bench.load(case),
             }
             if case.local:

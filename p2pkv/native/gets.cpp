@@ -216,7 +216,8 @@ Gets::Result Gets::ask(const Ask& ask, const std::function<bool()>& interrupted,
             return end(End::broken);
         }
         std::string why = complaint(ask, got);
-        if (why.empty()) got.lease != 0 ? copy_out(ask, got, copied, &out) : copy_unleased(ask, got, &out);
+        if (why.empty() && got.lease != 0) copy_out(ask, got, copied, &out);
+        if (why.empty() && got.lease == 0) copy_unleased(ask, got, &out);
         const double held_s = now_s() - asked_at;
         if (got.lease != 0) release(got.lease);
         if (!why.empty()) return end(End::nonsense, std::move(why));
@@ -300,8 +301,7 @@ void Gets::copy_ahead(const Ask& ask, const Ahead& ahead, std::vector<Copied>* c
         known.done = ahead.length;
 }
 
-void Gets::copy_out(const Ask& ask, const Got& got, const std::vector<Copied>& copied,
-                    Result* out) const {
+void Gets::copy_out(const Ask& ask, const Got& got, const std::vector<Copied>& copied, Result* out) const {
     for (size_t i = 0; i < got.indices.size(); ++i) {
         const uint32_t index = got.indices[i];
         auto status = static_cast<unsigned char>(got.statuses[i]);
@@ -320,8 +320,9 @@ void Gets::copy_unleased(const Ask& ask, const Got& got, Result* out) const {
     for (size_t i = got.indices.size(); i-- > 0;) {
         const uint32_t index = got.indices[i];
         auto status = static_cast<unsigned char>(got.statuses[i]);
-        if (status == kOk && !directory_->copy(ask.space, ask.keys[index], ask.buffers[index], ask.block_bytes, false,
-                                               false)) {
+        const bool here = status == kOk &&
+                          directory_->copy(ask.space, ask.keys[index], ask.buffers[index], ask.block_bytes, false, false);
+        if (status == kOk && !here) {
             status = kLost;
             out->gone.push_back(index);
         }

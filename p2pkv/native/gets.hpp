@@ -4,7 +4,7 @@
 // reads the socket for everybody: the first waiter sleeps on it with the mutex released, hands each frame to whom it
 // belongs, and passes that on when its own answer is there. Blocks are copied out of the agent's arena by the thread that
 // asked for them, between GOT, which says that they are held, and RELEASE, which gives them back. A small get does without
-// both where there is a directory: GOT says that they are there, and they are read as any block that is (directory_reader.hpp).
+// both where there is a directory: GOT says that they are there, and they are read as any block that is.
 #pragma once
 #include <atomic>
 #include <condition_variable>

@@ -17,8 +17,9 @@ namespace {
 constexpr double kFloorS = 0.08;
 constexpr double kFactor = 4.0;
 constexpr double kForget = 0.95;
-constexpr double kSlower = 1.02;  // per answer: a peer that is near no longer is seen to be so after a hundred
+// Of this module alone.
 constexpr double kNearS = 0.0004;
+constexpr double kSlower = 1.02;  // per answer: that a peer is near no longer is seen after a hundred
 
 // RELEASE of what the connection's last answer held.
 std::string release_frame() {

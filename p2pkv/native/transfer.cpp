@@ -225,7 +225,9 @@ void Receive::fill_final(IoEvent* event) { report(event); }
 
 Pin::Pin(uint64_t job, int fd, Limits limits, std::string request, std::vector<uint32_t> lengths,
          std::shared_ptr<PinAnswer> out)
-    : Asking(job, fd, limits, std::move(request), kPinnedFixedBytes + lengths.size() * kPinnedRecordBytes), lengths_(std::move(lengths)), out_(std::move(out)) {}
+    : Asking(job, fd, limits, std::move(request), kPinnedFixedBytes + lengths.size() * kPinnedRecordBytes),
+      lengths_(std::move(lengths)),
+      out_(std::move(out)) {}
 
 Transfer::Want Pin::begin() {
     Want want = Asking::begin();
