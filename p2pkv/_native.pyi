@@ -175,6 +175,9 @@ class Pool:
     def idle(self) -> int: ...
     def idle_at(self, node: int) -> int: ...
 
+def many_processors() -> bool:
+    """Whether this process may use four processors or more (``native/placement.hpp``)."""
+
 class Placement:
     """On which processors the stages of a one-sided read run, where there are two (``native/placement.hpp``)."""
 
@@ -250,11 +253,20 @@ class Gets:
     """An engine's GETs on a socket of their own (``native/gets.hpp``). Thread-safe.
 
     ``fd``: connected, and this object's from now on. ``arena``: the agent's, held for as long as this lives. So are
-    ``table`` and ``marks``, its directory: what is in the arena is then copied out without asking.
+    ``table`` and ``marks``, its directory: what is in the arena is then copied out without asking. ``look_s``: who
+    waits looks for so long before it sleeps, each time; negative: as long as pays on this host.
     """
 
     broken: str | None
-    def __init__(self, fd: int, arena: Buffer, table: Buffer | None = None, marks: Buffer | None = None) -> None: ...
+    def __init__(
+        self,
+        fd: int,
+        arena: Buffer,
+        table: Buffer | None = None,
+        marks: Buffer | None = None,
+        *,
+        look_s: float = -1.0,
+    ) -> None: ...
     def get(
         self,
         namespace: int,

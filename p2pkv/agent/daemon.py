@@ -46,7 +46,7 @@ from p2pkv.store.directory import DirectoryFiles
 from p2pkv.store.dram import DramStore
 from p2pkv.store.memory import available_memory
 from p2pkv.transport.fetch import Fetcher
-from p2pkv.transport.movers import AHEAD_BYTES, PARTIAL_BYTES, Movers
+from p2pkv.transport.movers import Movers, parts_here
 from p2pkv.wire.peer import Address, Card
 
 if TYPE_CHECKING:
@@ -245,6 +245,7 @@ class Agent:
         self.network.load_bytes = lambda: self.store.stats().pinned_bytes
         await self.network.start()
         exits.push_async_callback(self.network.stop)
+        parts = parts_here()
         native = _native.Lane(
             self.store.core,
             self.movers.receiver,
@@ -256,8 +257,8 @@ class Agent:
             stall_s=config.transport.stall_ms / 1000,
             stream_bytes=parse_size(config.transport.stream_bytes, key="transport.stream_bytes"),
             streams=config.transport.streams,
-            partial_bytes=PARTIAL_BYTES,
-            ahead_bytes=AHEAD_BYTES,
+            partial_bytes=parts.partial,
+            ahead_bytes=parts.ahead,
             one_sided_min=parse_size(config.transport.one_sided_min, key="transport.one_sided_min"),
             spread_bytes=SPREAD_BYTES,
             in_flight_max=config.engine.in_flight_max,

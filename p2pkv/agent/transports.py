@@ -24,7 +24,7 @@ from p2pkv.errors import TransportUnavailable
 from p2pkv.gossip.driver import PeerNetwork
 from p2pkv.store.arena import Arena
 from p2pkv.transport.base import Transport
-from p2pkv.transport.movers import PARTIAL_BYTES, Movers
+from p2pkv.transport.movers import Movers, parts_here
 from p2pkv.transport.nixl import NixlTransport
 from p2pkv.transport.nixl_process import NixlOptions
 from p2pkv.transport.tcp import TcpTransport
@@ -108,7 +108,7 @@ class Transports:
             ucx["UCX_NET_DEVICES"] = "lo"  # UCX's own sockets would listen on every interface
         if settings.nixl_tls:
             ucx["UCX_TLS"] = settings.nixl_tls
-        self.nixl_reads = _native.NixlReads(service.store.core, arena.base_address, PARTIAL_BYTES)
+        self.nixl_reads = _native.NixlReads(service.store.core, arena.base_address, parts_here().partial)
         """One-sided reads for engines' GETs; for the lane, which stops it."""
         self._on_change = on_change
         self._preparing: dict[tuple[int, str], asyncio.Task[None]] = {}

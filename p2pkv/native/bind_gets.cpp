@@ -41,12 +41,13 @@ constexpr unsigned kCopiers = 2;  // one does not use up what the memory can giv
 
 // A socket's gets, and the arena that they are copied from, held for as long.
 struct HeldGets {
-    HeldGets(int fd, nb::handle arena, nb::object table, nb::object marks)
+    HeldGets(int fd, nb::handle arena, nb::object table, nb::object marks, double look_s)
         : main_thread(nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"))),
           memory(arena, false),
           directory(table.is_none() ? nullptr : std::make_unique<Directory>(table, marks, memory)),
           copier(directory == nullptr ? nullptr : std::make_unique<Copier>(directory->reader, kCopiers)),
-          gets(fd, memory.data(), memory.size(), directory == nullptr ? nullptr : &directory->reader) {}
+          gets(fd, memory.data(), memory.size(), directory == nullptr ? nullptr : &directory->reader,
+               look_s < 0 ? Gets::looks_here() : look_s) {}
     const unsigned long main_thread;  // where Python handles signals: no other thread need ask, or take the GIL for that
     Buffer memory;
     std::unique_ptr<Directory> directory;
@@ -209,8 +210,8 @@ void bind_gets(nb::module_& m) {
             },
             "namespace"_a, "key"_a, "out"_a);
     nb::class_<HeldGets>(m, "Gets")
-        .def(nb::init<int, nb::handle, nb::object, nb::object>(), "fd"_a, "arena"_a, "table"_a = nb::none(),
-             "marks"_a = nb::none())
+        .def(nb::init<int, nb::handle, nb::object, nb::object, double>(), "fd"_a, "arena"_a, "table"_a = nb::none(),
+             "marks"_a = nb::none(), "look_s"_a = -1.0)
         .def("get", get, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a, "deadline_ms"_a, "deadline"_a)
         .def("copy_here", copy_here, "job"_a, "namespace"_a, "keys"_a, "to"_a, "block_bytes"_a)
         .def("load_here", load_here, "namespace"_a, "keys"_a, "slots"_a, "base"_a, "slot_bytes"_a, "slots_max"_a,

@@ -145,18 +145,11 @@ void IoEngine::step(uint64_t job) {
     const Transfer::Want want = entry->transfer->step();
     if (want == Transfer::Want::done) return finish(job, *entry);
     IoEvent partial;
-    if (entry->transfer->take_partial(&partial)) {
+    if (entry->transfer->on_event) {
+        entry->transfer->tell_news();
+    } else if (entry->transfer->take_partial(&partial)) {
         partial.job = job;
-        if (entry->transfer->on_event) {
-            entry->transfer->on_event(std::move(partial));
-        } else {
-            completions_.push(std::move(partial));
-        }
-    }
-    IoEvent ahead;
-    if (entry->transfer->on_event && entry->transfer->take_ahead(&ahead)) {
-        ahead.job = job;
-        entry->transfer->on_event(std::move(ahead));
+        completions_.push(std::move(partial));
     }
     const uint32_t events = want == Transfer::Want::read ? EPOLLIN : EPOLLOUT;
     if (events != entry->armed) {

@@ -159,6 +159,7 @@ NB_MODULE(_native, m) {
     m.def("copy", copy, "dst"_a, "src"_a);
     m.def("copy_hash", copy_hash, "dst"_a, "src"_a);
     m.def("address_of", address_of, "buffer"_a);
+    m.def("many_processors", many_processors);
     m.def("run_now", run_now, "work"_a, "items"_a, "deadline_s"_a = -1.0);
 
     bind_store(m);

@@ -3,6 +3,8 @@
 namespace p2pkv {
 namespace {
 
+constexpr int kMany = 4;  // an engine's thread, the lane's, the receiver's, and one to spare
+
 // It may fail: the thread may have ended, or the administrator taken that processor away. Then it runs where it may.
 void put(pid_t thread, uint32_t processor) {
     cpu_set_t only;
@@ -16,6 +18,14 @@ void put(pid_t thread, uint32_t processor) {
 uint32_t current_processor() {
     const int number = sched_getcpu();
     return number < 0 || number >= static_cast<int>(kNoProcessor) ? kNoProcessor : static_cast<uint32_t>(number);
+}
+
+bool many_processors() {
+    static const bool many = [] {
+        cpu_set_t allowed;
+        return sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) >= kMany;
+    }();
+    return many;
 }
 
 Placement::Placement() {

@@ -18,6 +18,9 @@ constexpr uint32_t kNoProcessor = 0xFFFF;  // NO_PROCESSOR of p2pkv/wire/engine_
 
 uint32_t current_processor();  // where the calling thread runs
 
+// Whether this process may use four processors or more: then one that is awake is worth more than one that is free.
+bool many_processors();
+
 // Thread-safe.
 class Placement {
   public:

@@ -52,6 +52,18 @@ Transfer::Want Transfer::on_errno(Want when_it_would_block) {
     return fail(Code::closed, std::strerror(errno));
 }
 
+void Transfer::tell_news() {
+    IoEvent partial, ahead;
+    if (take_partial(&partial)) {
+        partial.job = job;
+        on_event(std::move(partial));
+    }
+    if (take_ahead(&ahead)) {
+        ahead.job = job;
+        on_event(std::move(ahead));
+    }
+}
+
 Asking::Asking(uint64_t job, int fd, Limits limits, std::string request, size_t body_bytes)
     : Transfer(job, fd, limits),
       request_(std::move(request)),
@@ -142,6 +154,7 @@ Transfer::Want Receive::begin() {
         sched_yield();
         want = step();
         if (last_progress != before) heard = Clock::now();
+        if (want != Want::done) tell_news();
     }
     return want;
 }

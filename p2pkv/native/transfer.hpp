@@ -70,6 +70,8 @@ class Transfer {
     // How far the block that is on its way has come, when that is worth telling; its bytes are not proven.
     virtual bool take_ahead(IoEvent*) { return false; }
     virtual void fill_final(IoEvent*) {}
+    // Both of these, where there is any, to `on_event`.
+    void tell_news();
 
     Clock::time_point stalls_at() const {
         return begun ? last_progress + limits.stall : started + std::max(limits.first_byte, Clock::duration::zero());
@@ -84,8 +86,8 @@ class Transfer {
     bool begun = false;  // whether the other side has begun to take part
     Code code = Code::ok;
     std::string detail;
-    // Where events go instead of into the engine's queue: partial ones on the I/O thread, then the final one, once, on
-    // whichever thread ended the transfer.
+    // Where events go instead of into the engine's queue: partial ones on the thread that steps the transfer (the submitting
+    // one in begin(), then the I/O thread), and the final one, once, on whichever ended it.
     std::function<void(IoEvent)> on_event;
 
   protected:

@@ -25,11 +25,27 @@ TRANSFERS_MAX: Final = 4_096
 INLINE_BYTES_MAX: Final = 128 << 10
 """Copies up to this run on the loop's thread: about 20 us, less than waking another thread twice."""
 
-AHEAD_BYTES: Final = 1 << 20
-"""An engine is told of so many bytes of a block that is not here whole yet, to copy them while the rest comes."""
-
 PARTIAL_BYTES: Final = 2 << 20
 """Finished blocks are reported each time so many bytes have come, so that copying on overlaps with receiving."""
+
+
+class Parts(NamedTuple):
+    """How finely an engine is told of what comes, so that copying on overlaps with receiving: in bytes of finished
+    blocks, and of a block that is not here whole yet."""
+
+    partial: int
+    ahead: int
+
+
+FEW_PROCESSORS_PARTS: Final = Parts(PARTIAL_BYTES, 1 << 20)
+"""Every piece of news takes the engine's thread a processor that the pull itself needs."""
+MANY_PROCESSORS_PARTS: Final = Parts(512 << 10, 256 << 10)
+"""The engine looks for news on a processor of its own (``native/gets.hpp``)."""
+
+
+def parts_here() -> Parts:
+    """What pays on this host."""
+    return MANY_PROCESSORS_PARTS if _native.many_processors() else FEW_PROCESSORS_PARTS
 
 
 class Code(enum.IntEnum):

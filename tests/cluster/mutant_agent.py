@@ -4,6 +4,8 @@
 
 ``no-hold``: a lease does not keep its blocks in their slots. ``no-check``: blocks that fail their checksum are taken.
 
+``small-parts``: no guard; engines are told of what comes in as small parts as on a host of many processors.
+
 Owners that lie about leases over NIXL. ``boast``: every lease is said to last an hour, and to have held when it is
 given back. ``wrong-places``: each block is said to lie where another one does. ``no-places``: beyond the arena.
 """
@@ -17,9 +19,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from p2pkv.agent import daemon, transports
 from p2pkv.cli import main
 from p2pkv.store.dram import DramStore
 from p2pkv.transport.base import PullRequest, PullResult
+from p2pkv.transport.movers import MANY_PROCESSORS_PARTS
 from p2pkv.transport.nixl import NixlTransport
 from p2pkv.transport.tcp import TcpTransport
 from p2pkv.types import Status
@@ -84,9 +88,15 @@ def moved(pinned: Pinned, by: int) -> Pinned:
     return replace(pinned, extents=elsewhere)
 
 
+def small_parts() -> None:
+    for module in (daemon, transports):
+        module.parts_here = lambda: MANY_PROCESSORS_PARTS  # type: ignore[assignment]
+
+
 MUTATIONS: dict[str, Callable[[], None]] = {
     "no-hold": no_hold,
     "no-check": no_check,
+    "small-parts": small_parts,
     "boast": lambda: lie(lambda pinned: replace(pinned, ttl_ms=3_600_000)),
     "wrong-places": lambda: lie(lambda pinned: moved(pinned, 0)),
     "no-places": lambda: lie(lambda pinned: moved(pinned, 1 << 40)),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from p2pkv.client import AgentClient
 from p2pkv.client.cache import Cache
-from p2pkv.types import Status
+from p2pkv.types import Layout, Status
 from p2pkv.wire import engine
 from p2pkv.wire.engine_types import NO_PROCESSOR
 from p2pkv.wire.frame import encode
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.cluster]
 
 BLOCK = 65_536
 LAYOUT = make_layout(BLOCK)
+MUTANT = str(Path(__file__).with_name("mutant_agent.py"))
 LOCAL = 'p2pkv_short_way_blocks_total{source="local"}'
 PEER = 'p2pkv_short_way_blocks_total{source="peer"}'
 HITS = 'p2pkv_get_blocks_total{source="local"}'
@@ -337,6 +339,7 @@ def test_gets_of_a_closed_client_end_at_once(pair: list[AgentProcess]) -> None:
 
 
 LARGE = make_layout(4 << 20)
+MIDDLE = make_layout(1 << 20)
 
 
 def first_large(pair: list[AgentProcess]) -> tuple[Cache, bytes]:
@@ -349,8 +352,8 @@ def first_large(pair: list[AgentProcess]) -> tuple[Cache, bytes]:
     return cache, key
 
 
-def answer_to(lane: RawConnection, key: bytes) -> list[engine.Ahead | engine.Got]:
-    lane.send(engine.CODEC.encode(engine.Get(LARGE.namespace, [key], 10_000), 1))
+def answer_to(lane: RawConnection, key: bytes, layout: Layout = LARGE) -> list[engine.Ahead | engine.Got]:
+    lane.send(engine.CODEC.encode(engine.Get(layout.namespace, [key], 10_000), 1))
     parts: list[engine.Ahead | engine.Got] = []
     while not parts or not isinstance(parts[-1], engine.Got) or parts[-1].more:
         frame = lane.receive()
@@ -389,3 +392,34 @@ def test_what_was_told_ahead_is_taken_back_when_the_block_is_rejected(cluster: C
         out = bytearray(LARGE.block_bytes)
         eventually(lambda: cache.get_into([key], [out], deadline_ms=10_000) == [True], why="its block is good")
         assert out == block_of(key, LARGE.block_bytes)
+
+
+@pytest.mark.parametrize("flip_at", [None, BLOCK + 5 * (1 << 20) + 700_000], ids=["good", "last-one-wrong"])
+def test_in_small_parts_a_block_is_told_of_that_the_lane_receives_by_itself(
+    cluster: Cluster, flip_at: int | None
+) -> None:
+    """As on a host of many processors; the first block makes the owner known as one that answers quickly."""
+    with Proxy() as proxy:
+        [owner] = cluster.start(1, settings={"peer.advertise": proxy.address})
+        proxy.target = owner.peer_port
+        [reader] = cluster.start(1, seeds=(proxy.address,), program=[MUTANT, "small-parts"])
+        cluster.connected()
+        warm([owner, reader])
+        cache, keys = reader.open(MIDDLE), new_keys(6)
+        blocks = blocks_of(keys, MIDDLE.block_bytes)
+        assert all(owner.open(MIDDLE).put(keys, blocks, deadline_ms=10_000))
+        visible(cache, keys)
+        with lane_connection(reader, layout=MIDDLE) as lane:
+            for key in keys[:-1]:
+                *ahead, got = answer_to(lane, key, MIDDLE)
+                assert isinstance(got, engine.Got) and bytes(got.statuses) == bytes([Status.OK])
+                assert ahead and {part.offset for part in ahead} == {got.extents[0].offset}  # type: ignore[union-attr]
+            proxy.flip_at = flip_at
+            *ahead, got = answer_to(lane, keys[-1], MIDDLE)
+        assert isinstance(got, engine.Got)
+        assert bytes(got.statuses) == bytes([Status.OK if flip_at is None else Status.REJECTED])
+        assert (ahead[-1] == engine.Ahead(0, 0, 0)) == (flip_at is not None)
+        out = [bytearray(MIDDLE.block_bytes) for _ in keys]
+        good = len(keys) - (flip_at is not None)
+        assert cache.get_into(keys[:good], out[:good]) == [True] * good
+        assert out[:good] == blocks[:good]

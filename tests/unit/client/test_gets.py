@@ -50,11 +50,11 @@ def content(slot: int) -> bytes:
 class Agent:
     """The other end. Slot ``i`` of the arena is ``content(i)``."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_s: float = 0.0) -> None:
         self.arena = bytearray(b"".join(content(slot) for slot in range(SLOTS)))
         ours, self.sock = socket.socketpair()
         self.sock.settimeout(LONG_S)
-        self.gets = _native.Gets(ours.detach(), self.arena)
+        self.gets = _native.Gets(ours.detach(), self.arena, look_s=look_s)
         self._frames = FrameDecoder()
         self._heard: list[Frame] = []
 
@@ -78,9 +78,9 @@ class Agent:
         self.sock.sendall(b"".join(CODEC.encode(message, request_id) for message in messages))
 
 
-@pytest.fixture
-def agent() -> Iterator[Agent]:
-    made = Agent()
+@pytest.fixture(params=[0.0, 0.02], ids=["sleeps", "looks"])
+def agent(request: pytest.FixtureRequest) -> Iterator[Agent]:
+    made = Agent(request.param)
     yield made
     made.gets.close("the test is over")
     made.sock.close()

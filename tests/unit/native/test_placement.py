@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -92,3 +94,18 @@ def test_a_thread_that_has_ended_harms_nobody() -> None:
     threads = Threads()
     threads.end()
     placement(HERE[:2]).arrange(HERE[0], threads.reader, threads.checker)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 3, 4])
+def test_from_four_processors_on_there_are_many(processors: int) -> None:
+    """Asked once per process, so each is one of its own."""
+    if processors > len(HERE):
+        pytest.skip(f"this host lends {len(HERE)} processors")
+    program = "from p2pkv import _native; print(_native.many_processors())"
+    said = subprocess.run(
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {HERE[:processors]}); {program}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout.split() == [str(processors >= 4)]
