@@ -249,6 +249,9 @@ class DirectoryReader:
     def copy(self, namespace: int, key: bytes, out: Buffer) -> bool:
         """False: it is not there, is not as long as ``out``, or went meanwhile."""
 
+    def copy_proven(self, namespace: int, key: bytes, out: Buffer) -> int:
+        """0: its bytes, by its checksum. 1: it is not there, or went meanwhile. 2: it is there, with other bytes."""
+
 class Gets:
     """An engine's GETs on a socket of their own (``native/gets.hpp``). Thread-safe.
 
@@ -386,6 +389,7 @@ class Lane:
         partial_bytes: int,
         ahead_bytes: int,
         one_sided_min: int,
+        neighbour_max: int,
         spread_bytes: int,
         in_flight_max: int,
     ) -> None: ...
@@ -397,6 +401,23 @@ class Lane:
     def distrust(self, namespace: int, key: bytes, distrusted: bool) -> None:
         """Whether GETs of this block are handed over, because a holder of it sent something else."""
 
+    def set_neighbour(
+        self,
+        node: int,
+        arena_fd: int,
+        arena_bytes: int,
+        table_fd: int,
+        table_bytes: int,
+        marks_fd: int,
+        marks_bytes: int,
+    ) -> None:
+        """Read this node's small blocks out of its memory (``native/neighbours.hpp``). The descriptors stay the
+        caller's.
+
+        Raises:
+            OSError: they cannot be mapped. ValueError: not a directory, of another version, or of another arena."""
+
+    def drop_neighbour(self, node: int) -> None: ...
     def set_draining(self, draining: bool) -> None: ...
     def drain(self) -> list[LaneEvent]: ...
     def counters(self) -> dict[str, int]: ...

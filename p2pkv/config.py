@@ -22,6 +22,8 @@ ENV_RESERVED: Final = frozenset(
     {"P2PKV_SOCKET", "P2PKV_CONFIG", "P2PKV_VLLM_PYTHON", "P2PKV_TEST_SEED", "P2PKV_TEST_READS"}
 )
 """Variables that are not settings of the agent: the client's, the demo's, the tests'."""
+NEIGHBOUR_BYTES_MAX: Final = 64 << 20
+"""Of ``transport.neighbour_max``: the thread that copies so much serves nobody else meanwhile, some 10 ms."""
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?\s*$", re.IGNORECASE)
 _UNITS: Final = {"": 1, "b": 1} | {
     unit + suffix: base**power
@@ -107,6 +109,8 @@ class Transport(Section, frozen=True):
     stall_ms: int = 500  # a pull that makes no progress for this long is given up, whatever its deadline
     streams: int = 4  # TCP connections used for one large pull; more fill fat links, fewer spare sockets
     one_sided_min: str = "512KiB"  # gets of less than this from an owner on this host come over tcp, where nixl is used
+    neighbour_max: str = "4MiB"  # where nixl is used: gets of up to this from an owner on this host, of the same user,
+    # are read out of its memory by this process; 0 = never
     stream_bytes: str = "8MiB"  # a pull uses one more stream for each so many bytes
     idle_connections: int = 8  # kept open per peer
     nixl_devices: str = ""  # UCX_NET_DEVICES for the NIXL process, e.g. "mlx5_0:1"; empty = all (lo on loopback)
@@ -359,6 +363,8 @@ def _check_values(config: Config) -> None:
     parse_size(config.transport.quarantine, key="transport.quarantine", percent_of=1 << 30)
     parse_size(config.transport.in_flight, key="transport.in_flight", percent_of=1 << 30)
     parse_size(config.transport.one_sided_min, key="transport.one_sided_min")
+    size = parse_size(config.transport.neighbour_max, key="transport.neighbour_max")
+    within("transport.neighbour_max", size, 0, NEIGHBOUR_BYTES_MAX)
     if serve_max := config.transport.serve_max:
         size = parse_size(serve_max, key="transport.serve_max", percent_of=1 << 30)
         within("transport.serve_max", size, 1, 1 << 50)

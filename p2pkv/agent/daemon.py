@@ -24,6 +24,7 @@ from p2pkv.agent.identity import Identity
 from p2pkv.agent.ipc import EngineServer
 from p2pkv.agent.kept_estimates import KeptEstimates
 from p2pkv.agent.lane import EngineLane
+from p2pkv.agent.neighbours import Neighbours
 from p2pkv.agent.populate import Populator
 from p2pkv.agent.remembered import FILE, Remembered
 from p2pkv.agent.service import CacheService
@@ -86,6 +87,7 @@ class Agent:
         self._stopped = asyncio.Event()
         self._exits = contextlib.AsyncExitStack()
         self._identity = identity
+        self.neighbours: Neighbours | None = None
 
     async def start(self) -> None:
         """Bring everything up.
@@ -246,6 +248,7 @@ class Agent:
         await self.network.start()
         exits.push_async_callback(self.network.stop)
         parts = parts_here()
+        neighbour_max = parse_size(config.transport.neighbour_max, key="transport.neighbour_max")
         native = _native.Lane(
             self.store.core,
             self.movers.receiver,
@@ -260,6 +263,7 @@ class Agent:
             partial_bytes=parts.partial,
             ahead_bytes=parts.ahead,
             one_sided_min=parse_size(config.transport.one_sided_min, key="transport.one_sided_min"),
+            neighbour_max=neighbour_max,
             spread_bytes=SPREAD_BYTES,
             in_flight_max=config.engine.in_flight_max,
         )
@@ -282,6 +286,11 @@ class Agent:
         exits.push_async_callback(self.ahead.stop)
         await self.engines.start()
         exits.push_async_callback(self.engines.stop)
+        if neighbour_max and self.transports.nixl is not None:
+            self.neighbours = Neighbours(self.lane, self.node, self.network.card.host_id)
+            exits.push_async_callback(self.neighbours.stop)
+            for peer in self.network.peers():
+                self.neighbours.review(peer)
 
         self.http_port = 0
         if http_server is not None:
@@ -318,11 +327,14 @@ class Agent:
             http=f"{http.host}:{self.http_port}" if getattr(self, "http_port", 0) else "",
             layouts=self.service.layouts,
             transports=self.transports.names(),
+            socket=str(Path(self.engines.path).absolute()) if self.neighbours is not None else "",
         )
         self.network.set_card(card)
 
     def _on_peer_change(self, peer: PeerView) -> None:
         self.remembered.heard(peer)
+        if self.neighbours is not None:
+            self.neighbours.review(peer)
         if peer.alive:
             self.transports.review(int(peer.node))
         else:

@@ -124,6 +124,20 @@ class EngineLane:
         """Whether GETs of this block are to be handed over: some holder of it must not be asked."""
         self._native.distrust(namespace, key, distrusted)
 
+    def set_neighbour(self, node: int, arena: tuple[int, int], directory: Sequence[tuple[int, int]]) -> None:
+        """Read small blocks of this node out of its memory: descriptors, and how long the files are, of its arena and
+        of its directory's table and marks. They stay the caller's.
+
+        Raises:
+            OSError: they cannot be mapped. ValueError: they are not of this version, or not of each other.
+        """
+        table, marks = directory
+        self._native.set_neighbour(node, *arena, *table, *marks)
+
+    def drop_neighbour(self, node: int) -> None:
+        """It is to be asked again, or has gone."""
+        self._native.drop_neighbour(node)
+
     def drain(self) -> None:
         """Hand every further GET over: the agent is leaving."""
         self._native.set_draining(True)
@@ -139,7 +153,7 @@ class EngineLane:
         return self._native.blocks_in_flight
 
     def counters(self) -> dict[str, int]:
-        """Since the start: hits_local, bytes_local, hits_peer, bytes_peer, handed_over."""
+        """Since the start: hits_local, bytes_local, hits_peer, hits_neighbour (of these), bytes_peer, handed_over."""
         return self._native.counters()
 
     def _on_events(self) -> None:

@@ -84,6 +84,11 @@ class AgentCollector(Collector):
         short.add_metric(["peer"], counted["hits_peer"])
         yield short
         yield _counter(
+            "p2pkv_neighbour_blocks",
+            "Of the blocks given from peers, those read out of the memory of an agent of this host.",
+            counted["hits_neighbour"],
+        )
+        yield _counter(
             "p2pkv_short_way_handed_over", "Gets that the event loop had to go on with.", counted["handed_over"]
         )
         yield _counter("p2pkv_put_bytes", "Bytes engines stored.", stats.bytes_stored)

@@ -38,7 +38,7 @@ from p2pkv.bench.progress import Progress
 from p2pkv.bench.report import Claim, Report, Row, at_least, at_most
 from p2pkv.bench.stress_writer import BLOCK_BYTES, Counter, block_of, key_of
 from p2pkv.client import AgentClient, Status
-from p2pkv.errors import DeadlineExceeded, P2PKVError
+from p2pkv.errors import DeadlineExceeded, InvalidArgument, P2PKVError
 
 READS: Final = 1_000_000
 READS_QUICK: Final = 100_000
@@ -69,14 +69,20 @@ DEADLINE_MS: Final = 5_000
 STUCK_S: Final = 60.0
 SETTINGS: Final = {"peer.hold_ms": "0", "peer.flush_ms": "10", "transport.one_sided_min": "0"}
 """Blocks live for a second only: tell the reader about them before they are gone. And over NIXL, small ones too."""
+TRANSPORTS: Final = {
+    "tcp": ("tcp", SETTINGS),
+    "nixl": ("nixl", SETTINGS | {"transport.neighbour_max": "0"}),
+    "memory": ("nixl", SETTINGS),
+}
+"""``memory``: gets are read out of the owner's memory, loads over NIXL."""
 
 
 class Stress(Row, frozen=True, kw_only=True):
     """What came of all reads, in blocks. ``pulled`` and ``rejected`` are the reader's agent's own counts.
 
-    ``pauses``: times that the reader's agent was stopped in the middle of a read while the owner's arena was written
-    anew; ``held_blocks``: blocks that were under lease then, so that their slots had to be left alone. ``evicted``: by
-    the last owner.
+    ``from_memory``: of ``pulled``, those read out of the owner's memory. ``pauses``: times that the reader's agent was
+    stopped in the middle of a read while the owner's arena was written anew; ``held_blocks``: blocks that were under
+    lease then, so that their slots had to be left alone. ``evicted``: by the last owner.
     """
 
     transport: str
@@ -84,6 +90,7 @@ class Stress(Row, frozen=True, kw_only=True):
     reads: int
     delivered: int
     pulled: int
+    from_memory: int
     wrong: int
     rejected: int
     missed: int
@@ -104,8 +111,10 @@ def run(*, reads: int = READS, transport: str = "tcp", progress: Progress | None
     """Read until so many blocks have been pulled.
 
     Raises:
-        DeadlineExceeded: nothing moves any more.
+        InvalidArgument: no such transport. DeadlineExceeded: nothing moves any more.
     """
+    if transport not in TRANSPORTS:
+        raise InvalidArgument("no such transport", transport=transport, hint=f"One of {', '.join(TRANSPORTS)}.")
     progress = progress or Progress()
     with contextlib.ExitStack() as exits:
         scene = Scene(exits.enter_context(fleet()), transport)
@@ -146,8 +155,9 @@ class Scene:
         self.pauses = self.pinned_bytes = self.stops = self.kills = 0
 
     def _start(self, name: str, slots: int) -> AgentProcess:
+        transport, settings = TRANSPORTS[self._transport]
         size = slots * BLOCK_BYTES
-        return self._agents.start(name, capacity_bytes=size, transport=self._transport, http=True, settings=SETTINGS)
+        return self._agents.start(name, capacity_bytes=size, transport=transport, http=True, settings=settings)
 
     def pause_reader(self, writer: Child, rng: random.Random) -> None:
         """Stop the reader's agent in the middle of a read, if one is met soon; the owner's arena is written anew."""
@@ -231,6 +241,7 @@ def row_of(transport: str, readers: list[Reader], scene: Scene, first: int, writ
         reads=statuses.total(),
         delivered=statuses[Status.OK],
         pulled=pulled,
+        from_memory=int(reader["p2pkv_neighbour_blocks_total"]),
         wrong=sum(one.wrong for one in readers),
         rejected=int(reader["p2pkv_rejected_blocks_total"]),
         missed=statuses.total() - statuses[Status.OK] - statuses[Status.TIMEOUT],
@@ -250,13 +261,17 @@ def row_of(transport: str, readers: list[Reader], scene: Scene, first: int, writ
 
 def claims_of(row: Stress, reads: int) -> list[Claim]:
     """The promise of issue 5, point 9, and that it was put to the test."""
-    return [
+    claims = [
         at_most("stress.wrong", row.wrong, 0, "blocks", "delivered as OK with other bytes"),
         at_least("stress.pulled", row.pulled, reads, "blocks", "read from the peer"),
         at_least("stress.owner_stops", row.owner_stops, 1, "times", "the owner stood still while it was asked"),
         at_least("stress.owner_kills", row.owner_kills, 1, "times", "the owner was killed while it was asked"),
         at_least("stress.held_blocks", row.held_blocks, 1, "blocks", "under lease while all other slots were reused"),
     ]
+    if row.transport == "memory":
+        what = "of these, out of the owner's memory"
+        claims.append(at_least("stress.from_memory", row.from_memory, reads // 10, "blocks", what))
+    return claims
 
 
 class Reader(threading.Thread):

@@ -89,7 +89,9 @@ def stress(
     reads: Annotated[
         int | None, typer.Option(min=1, help="Blocks to read; default: a million, quick: 100,000.")
     ] = None,
-    transport: Annotated[str, typer.Option(help="tcp or nixl.")] = "tcp",
+    transport: Annotated[
+        str, typer.Option(help="tcp, nixl, or memory: gets out of the owner's, loads over nixl.")
+    ] = "tcp",
     quick: Quick = False,
     json: Json = False,
     check: Check = False,

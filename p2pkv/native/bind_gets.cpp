@@ -208,6 +208,17 @@ void bind_gets(nb::module_& m) {
                 return self.directory.reader.copy(space, {key.c_str(), key.size()},
                                                   static_cast<unsigned char*>(buffer.data()), buffer.size(), false);
             },
+            "namespace"_a, "key"_a, "out"_a)
+        .def(
+            "copy_proven",
+            [](const HeldReader& self, uint64_t space, nb::bytes key, nb::handle out) {
+                const Buffer buffer(out, true);
+                Digest digest;
+                nb::gil_scoped_release release;
+                return static_cast<int>(self.directory.reader.copy_proven(space, {key.c_str(), key.size()},
+                                                                          static_cast<unsigned char*>(buffer.data()),
+                                                                          buffer.size(), &digest));
+            },
             "namespace"_a, "key"_a, "out"_a);
     nb::class_<HeldGets>(m, "Gets")
         .def(nb::init<int, nb::handle, nb::object, nb::object, double>(), "fd"_a, "arena"_a, "table"_a = nb::none(),

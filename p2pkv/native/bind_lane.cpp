@@ -31,10 +31,11 @@ nb::list drain(Lane& lane) {
 
 Lane* make_lane(store::Store& store, IoEngine& receiver, Pool& pool, NixlReads* nixl, nb::capsule lookup, uintptr_t arena,
                 double lease_ttl_s, double stall_s, uint64_t stream_bytes, uint32_t streams, uint64_t partial_bytes,
-                uint64_t ahead_bytes, uint64_t one_sided_min, uint64_t spread_bytes, uint32_t in_flight_max) {
+                uint64_t ahead_bytes, uint64_t one_sided_min, uint64_t neighbour_max, uint64_t spread_bytes, uint32_t in_flight_max) {
     if (std::string(lookup.name()) != index::kLookupCapsule) throw nb::type_error("lookup is not PrefixIndex.lookup");
     return new Lane(store, receiver, pool, nixl, *static_cast<const index::Lookup*>(lookup.data()),
-                    {arena, lease_ttl_s, stall_s, stream_bytes, streams, partial_bytes, ahead_bytes, one_sided_min, spread_bytes, in_flight_max});
+                    {arena, lease_ttl_s, stall_s, stream_bytes, streams, partial_bytes, ahead_bytes, one_sided_min,
+                     neighbour_max, spread_bytes, in_flight_max});
 }
 
 std::string text(nb::bytes bytes) { return std::string(bytes.c_str(), bytes.size()); }
@@ -84,7 +85,7 @@ void bind_lane(nb::module_& m) {
     nb::class_<Lane>(m, "Lane")
         .def(nb::new_(&make_lane), "store"_a, "receiver"_a, "pool"_a, "nixl"_a.none(), "lookup"_a, "arena"_a, "lease_ttl_s"_a, "stall_s"_a,
              "stream_bytes"_a, "streams"_a, "partial_bytes"_a, "ahead_bytes"_a,
-             "one_sided_min"_a, "spread_bytes"_a, "in_flight_max"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
+             "one_sided_min"_a, "neighbour_max"_a, "spread_bytes"_a, "in_flight_max"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
              nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>())
         .def_prop_ro("fd", &Lane::fd)
         .def_prop_ro("in_flight", &Lane::in_flight)
@@ -100,6 +101,15 @@ void bind_lane(nb::module_& m) {
         .def("distrust",
              [](Lane& lane, uint64_t space, nb::bytes key, bool distrusted) { lane.distrust(space, text(key), distrusted); },
              "namespace"_a, "key"_a, "distrusted"_a)
+        .def(
+            "set_neighbour",
+            [](Lane& lane, uint64_t node, int arena_fd, size_t arena_bytes, int table_fd, size_t table_bytes, int marks_fd,
+               size_t marks_bytes) {
+                lane.neighbours.set(node, std::make_shared<const Neighbour>(arena_fd, arena_bytes, table_fd, table_bytes,
+                                                                            marks_fd, marks_bytes));
+            },
+            "node"_a, "arena_fd"_a, "arena_bytes"_a, "table_fd"_a, "table_bytes"_a, "marks_fd"_a, "marks_bytes"_a)
+        .def("drop_neighbour", [](Lane& lane, uint64_t node) { lane.neighbours.remove(node); }, "node"_a)
         .def("set_draining", &Lane::set_draining, "draining"_a)
         .def("stop", &Lane::stop, nb::call_guard<nb::gil_scoped_release>())
         .def("counters", [](const Lane& lane) {
@@ -108,6 +118,7 @@ void bind_lane(nb::module_& m) {
             out["bytes_local"] = lane.bytes_local.load();
             out["hits_peer"] = lane.hits_peer.load();
             out["bytes_peer"] = lane.bytes_peer.load();
+            out["hits_neighbour"] = lane.hits_neighbour.load();
             out["handed_over"] = lane.handed_over.load();
             return out;
         });

@@ -82,4 +82,18 @@ bool DirectoryReader::copy(uint64_t space, std::string_view key, unsigned char* 
     return true;
 }
 
+DirectoryReader::Proof DirectoryReader::copy_proven(uint64_t space, std::string_view key, unsigned char* out, uint64_t length,
+                                                    Digest* digest) const {
+    Found found;
+    if (!find(space, key, length, &found)) return Proof::gone;
+    uint64_t sum[2];
+    for (size_t i = 0; i < 2; ++i) sum[i] = found.entry->checksum[i].load(kRelaxed);
+    if (!guarded_copy_hash(out, arena_ + found.offset, length, CopyDeadline::max(), digest)) return Proof::gone;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (found.entry->version.load(kRelaxed) != found.version && !unchecked_) return Proof::gone;
+    if (std::memcmp(digest->data(), sum, sizeof sum) != 0) return Proof::wrong;
+    marks_[found.entry - entries_].store(1, kRelaxed);
+    return Proof::good;
+}
+
 }  // namespace p2pkv

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "../store/core/directory_layout.hpp"
+#include "hash.hpp"
 
 namespace p2pkv {
 
@@ -20,6 +21,10 @@ class DirectoryReader {
     // was given to another while it was copied; `out` may have been written to. Thread-safe.
     // `away`: past the caches (copy.hpp). `count`: as a use of the block, and as a local hit.
     bool copy(uint64_t space, std::string_view key, unsigned char* out, uint64_t length, bool away, bool count = true) const;
+    // Likewise, and checksum what was copied. `wrong`: the entry was there all along, and these are not its block's bytes.
+    // Counts as a use of the block, but not as a local hit.
+    enum class Proof { good, gone, wrong };
+    Proof copy_proven(uint64_t space, std::string_view key, unsigned char* out, uint64_t length, Digest* digest) const;
     // Whether it is here now.
     bool has(uint64_t space, std::string_view key, uint64_t length) const;
 

@@ -22,6 +22,7 @@
 #include "../index/core/lookup.hpp"
 #include "completions.hpp"
 #include "io_engine.hpp"
+#include "neighbours.hpp"
 #include "nixl_reads.hpp"
 #include "pool.hpp"
 #include "store.hpp"
@@ -60,6 +61,7 @@ struct LaneOptions {
     uint64_t partial_bytes = 2 << 20;  // blocks are given to the engine each time so many bytes have come
     uint64_t ahead_bytes = 1 << 20;    // and it is told of parts of a block that are so long, to copy ahead; 0: never
     uint64_t one_sided_min = 0;        // less than so many bytes are sent, not read one-sided: one round trip, and no other process
+    uint64_t neighbour_max = 0;        // up to so many bytes that a neighbour has are read out of its memory; 0: never
     uint64_t spread_bytes = 8 << 20;   // so many bytes that several holders have are Python's to spread over them
     uint32_t in_flight_max = 256;      // per engine
 };
@@ -86,18 +88,21 @@ class Lane {
     bool watch(uint64_t space, const std::string& key);
     // Whether GETs of this block are Python's, who knows which holder of it sent something else (at most kDistrustedMax).
     void distrust(uint64_t space, const std::string& key, bool distrusted);
+    // Agents of this host that are read by their directories, where they would be read one-sided.
+    Neighbours neighbours;
     void set_draining(bool draining) { draining_ = draining; }
     // No pull ends after this returns; all sockets are closed.
     void stop();
 
     size_t in_flight() const;         // pulls
     size_t blocks_in_flight() const;
-    std::atomic<uint64_t> hits_local{0}, bytes_local{0}, hits_peer{0}, bytes_peer{0}, handed_over{0};
+    std::atomic<uint64_t> hits_local{0}, bytes_local{0}, hits_peer{0}, bytes_peer{0}, hits_neighbour{0}, handed_over{0};
 
   private:
     struct Connection;
     struct Request;
     struct Pull;
+    struct Wanted;
     using ConnectionRef = std::shared_ptr<Connection>;
 
     void run();
@@ -107,7 +112,9 @@ class Lane {
     void on_get(const std::shared_ptr<Request>& request);
     bool on_release(const ConnectionRef& connection, std::string_view body);
     bool start_pull(const std::shared_ptr<Request>& request);
-    bool plan(const std::shared_ptr<Request>& request, std::vector<std::shared_ptr<Pull>>* pulls);
+    bool look_up(const Request& request, Wanted* out);
+    bool read_neighbour(const std::shared_ptr<Request>& request, const Wanted& wanted);
+    bool plan(const std::shared_ptr<Request>& request, const Wanted& wanted, std::vector<std::shared_ptr<Pull>>* pulls);
     bool take_off(const Request& request, const std::vector<uint32_t>& indices);
     void call_off(const Request& request, const std::vector<uint32_t>& indices);
     bool has_events() const;

@@ -19,6 +19,7 @@ constexpr double kAboutAsQuick = 1.5;  // times what the quickest holder takes: 
 // A pull that takes this much longer than expected, where others have the blocks too, is handed over.
 constexpr double kEnoughFactor = 4.0;
 constexpr double kEnoughMinS = 0.1;
+constexpr uint64_t kTellBytes = 1 << 20;  // of a neighbour's blocks: what comes next takes as long as copying this on
 constexpr uint64_t kLookBytes = 1 << 20;  // the lane's thread receives so much itself, while nobody asks it for anything
 
 unsigned char status_of(Code code) {
@@ -36,11 +37,24 @@ unsigned char status_of(Code code) {
 
 }  // namespace
 
+// Of a GET: what is not here, and who has all of it.
+struct Lane::Wanted {
+    std::vector<uint32_t> missing;  // into the request's keys
+    uint64_t block_bytes = 0;
+    uint32_t holders[kHoldersMax];  // their slots in the index
+    size_t holders_count = 0;
+    uint64_t bytes() const { return missing.size() * block_bytes; }
+};
+
 // Whether what is missing is on its way. It is when one peer has all of it, enough connections to that peer are idle (one,
-// where our NIXL process reads from the peer's), and nobody else is writing any of it.
+// where our NIXL process reads from the peer's; none, where we read its memory ourselves), and nobody else is writing any
+// of it.
 bool Lane::start_pull(const std::shared_ptr<Request>& request) {
+    Wanted wanted;
+    if (!look_up(*request, &wanted)) return false;
+    if (read_neighbour(request, wanted)) return true;
     std::vector<std::shared_ptr<Pull>> pulls;
-    const bool planned = plan(request, &pulls);
+    const bool planned = plan(request, wanted, &pulls);
     if (!planned) {
         for (const auto& pull : pulls) {
             for (const store::BlockRef& block : pull->blocks) store_.abort(block);
@@ -61,27 +75,82 @@ bool Lane::start_pull(const std::shared_ptr<Request>& request) {
     return true;
 }
 
-// Connections taken and slots reserved; false: it cannot be done, and what is in `pulls` has to be given back.
-bool Lane::plan(const std::shared_ptr<Request>& request, std::vector<std::shared_ptr<Pull>>* pulls) {
-    std::vector<uint32_t> missing;
+bool Lane::look_up(const Request& request, Wanted* out) {
     std::vector<uint64_t> index_keys;
     std::unordered_set<std::string_view> twins;
-    for (uint32_t i = 0; i < request->keys.size(); ++i) {
-        if (request->settled[i]) continue;
+    for (uint32_t i = 0; i < request.keys.size(); ++i) {
+        if (request.settled[i]) continue;
         uint64_t hash;
-        std::memcpy(&hash, request->keys[i].data(), sizeof hash);
-        missing.push_back(i);
-        index_keys.push_back(hash ^ request->salt);
-        if (request->left > 1 && !twins.insert(request->keys[i]).second) return false;
+        std::memcpy(&hash, request.keys[i].data(), sizeof hash);
+        out->missing.push_back(i);
+        index_keys.push_back(hash ^ request.salt);
+        if (request.left > 1 && !twins.insert(request.keys[i]).second) return false;
     }
-    const uint64_t block_bytes = store_.block_bytes(request->space);
-    if (block_bytes == 0) return false;
-    uint32_t slots[kHoldersMax];
-    const size_t holders =
-        lookup_.holders_of_all(lookup_.index, index_keys.data(), index_keys.size(), slots, kHoldersMax);
-    if (holders == 0) return false;
+    out->block_bytes = store_.block_bytes(request.space);
+    if (out->block_bytes == 0) return false;
+    out->holders_count =
+        lookup_.holders_of_all(lookup_.index, index_keys.data(), index_keys.size(), out->holders, kHoldersMax);
+    return out->holders_count != 0;
+}
 
-    const uint64_t bytes = missing.size() * block_bytes;
+// Whether a neighbour has what is missing, and it has been read out of its memory, here and now: it is not much. In a block
+// that has gone meanwhile, or is not what it should be, this ends like any other pull.
+bool Lane::read_neighbour(const std::shared_ptr<Request>& request, const Wanted& wanted) {
+    if (nixl_ == nullptr || wanted.bytes() > options_.neighbour_max) return false;
+    std::shared_ptr<const Neighbour> neighbour;
+    auto pull = std::make_shared<Pull>();
+    for (size_t h = 0; h < wanted.holders_count && neighbour == nullptr; ++h) {
+        pull->node = pool_.node_of(wanted.holders[h]);
+        if (nixl_->way_to(pull->node) == NixlReads::Way::one_sided) neighbour = neighbours.find(pull->node);
+    }
+    if (neighbour == nullptr) return false;
+    for (const uint32_t i : wanted.missing)
+        if (!neighbour->directory.has(request->space, request->keys[i], wanted.block_bytes)) return false;
+    pull->request = request;
+    pull->indices = wanted.missing;
+    pull->asked_at = now_s();
+    if (!take_off(*request, wanted.missing)) return false;
+    for (const uint32_t i : wanted.missing) {
+        store::BlockRef block;
+        if (store_.reserve(request->space, request->keys[i], pull->asked_at, &block) != store::Reserved::ok) {
+            for (const store::BlockRef& reserved : pull->blocks) store_.abort(reserved);
+            call_off(*request, wanted.missing);
+            return false;
+        }
+        pull->blocks.push_back(std::move(block));
+    }
+    request->pulls = 1;
+    ++request->connection->in_flight;
+    IoEvent event;
+    uint64_t untold = 0;  // bytes of blocks that the engine could copy on already
+    for (size_t n = 0; n < pull->blocks.size(); ++n) {
+        if (untold >= kTellBytes) {
+            IoEvent part = std::exchange(event, {});
+            event.bytes = part.bytes;
+            untold = 0;
+            on_event(*pull, std::move(part));
+        }
+        auto* to = reinterpret_cast<unsigned char*>(options_.arena) + store::Store::offset_of(*pull->blocks[n]);
+        const auto proof = neighbour->directory.copy_proven(request->space, request->keys[pull->indices[n]], to,
+                                                            wanted.block_bytes, &event.digests.emplace_back());
+        event.statuses.push_back(proof == DirectoryReader::Proof::good   ? kOk
+                                 : proof == DirectoryReader::Proof::gone ? kMiss
+                                                                         : kRejected);
+        if (proof != DirectoryReader::Proof::gone) event.bytes += wanted.block_bytes;
+        hits_neighbour += proof == DirectoryReader::Proof::good;
+        untold += wanted.block_bytes;
+    }
+    event.final = true;
+    on_event(*pull, std::move(event));
+    return true;
+}
+
+// Connections taken and slots reserved; false: it cannot be done, and what is in `pulls` has to be given back.
+bool Lane::plan(const std::shared_ptr<Request>& request, const Wanted& wanted, std::vector<std::shared_ptr<Pull>>* pulls) {
+    const std::vector<uint32_t>& missing = wanted.missing;
+    const uint32_t* slots = wanted.holders;
+    const size_t holders = wanted.holders_count;
+    const uint64_t bytes = wanted.bytes();
     if (holders > 1 && bytes >= options_.spread_bytes) return false;  // they are quicker together
     const size_t streams_over_tcp = std::clamp<size_t>((bytes + options_.stream_bytes - 1) / options_.stream_bytes, 1,
                                                        std::min<size_t>(options_.streams, missing.size()));
@@ -238,7 +307,9 @@ void Lane::on_event(Pull& pull, IoEvent event) {
     if (event.ahead_bytes != 0) return send_ahead(pull, event);
     LaneEvent landed;
     landed.kind = LaneEvent::Kind::landed;
-    if (event.final && event.code == Code::ok) {
+    if (pull.fd < 0) {
+        // nobody was asked
+    } else if (event.final && event.code == Code::ok) {
         pool_.give(pull.node, pull.slot, pull.fd, true);  // before the answer: the engine's next get may need it
     } else if (event.final) {
         ::close(pull.fd);
@@ -334,7 +405,7 @@ void Lane::settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed) {
 void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
     Request& request = *pull.request;
     pool_.learn(pull.node, event.waited_s);
-    if (event.code == Code::ok) release_soon(pull);
+    if (event.code == Code::ok && pull.fd >= 0) release_soon(pull);
     if (event.code == Code::stalled) pool_.drop(pull.node);  // its other connections will not answer either
     landed.space = request.space;
     landed.node = pull.node;
@@ -346,7 +417,7 @@ void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {
     landed.missed = pull.missed;
     landed.bytes = event.bytes;
     landed.waited_s = event.waited_s;
-    landed.took_s = now_s() - pull.asked_at;
+    landed.took_s = pull.fd < 0 ? 0 : now_s() - pull.asked_at;  // of who was not asked nothing is learned
     landed.detail = std::move(event.detail);
     const bool bad = landed.failed > 0;
     if (bad && pull.told_ahead) {  // the engine must not take these bytes for a later attempt's

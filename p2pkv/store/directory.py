@@ -14,7 +14,7 @@ from p2pkv.errors import ConfigError
 from p2pkv.store.dram import DramStore
 
 BYTES_PER_ENTRY: Final = 16 << 10
-"""Of the arena: smaller blocks than this, all over it, do not all have an entry, and are asked for. An entry is 96
+"""Of the arena: smaller blocks than this, all over it, do not all have an entry, and are asked for. An entry is 112
 bytes and 16 to 32 of hash table, and only what is used takes memory."""
 ENTRIES_MIN: Final = 1 << 10
 ENTRIES_MAX: Final = 1 << 24

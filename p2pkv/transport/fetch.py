@@ -94,15 +94,20 @@ class Fetcher(Generic[P]):
                 flight.set_result(status)
 
     def count_elsewhere(self, source: Source, counts: PullCounts, moved: Moved, *, silent: bool, reason: str) -> None:
-        """Take into account a pull that was made elsewhere. ``silent``: the node did not answer at all."""
+        """Take into account a pull that was made elsewhere. ``silent``: the node did not answer at all.
+
+        A pull that took no time was read out of the node's memory without its knowing: nothing is learnt of it.
+        """
         self.stats.pulls += 1
         self.stats.blocks_pulled += counts.pulled
         self.stats.bytes_pulled += counts.bytes_moved
-        self.peers.began(source, 0)
-        self.peers.ended(source, 0, moved)
+        asked = moved.seconds > 0
+        if asked:
+            self.peers.began(source, 0)
+            self.peers.ended(source, 0, moved)
         if silent:
             self.peers.silent(source.node)
-        elif not counts.failed:
+        elif asked and not counts.failed:
             self.peers.good(source.node)
         if counts.failed:
             self.count_failures(source.node, counts, reason)

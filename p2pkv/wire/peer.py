@@ -81,6 +81,9 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     features: Annotated[list[Name], Meta(max_length=32)] = []  # what it understands beyond its protocol version
     rack: Name = ""  # label of what it shares its uplink with; "" = not told
     link_mbps: U32 = 0  # of its network or RDMA ports; 0 = not known
+    socket: Name = (
+        ""  # path of its engines' socket, for agents of the same host that may read its memory; "" = none may
+    )
 
 
 HOT_MAX: Final = 256

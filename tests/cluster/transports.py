@@ -23,7 +23,8 @@ host that may copy straight out of each other's memory."""
 def options(kind: str, **settings: object) -> dict[str, Any]:
     """Options of :meth:`Cluster.start` for a transport."""
     if kind != "tcp":
-        settings = {"transport.one_sided_min": "0", **settings}  # small blocks, too: that is what is tested
+        # Small blocks, too, and none out of the other's memory: NIXL is what is tested.
+        settings = {"transport.one_sided_min": "0", "transport.neighbour_max": "0", **settings}
     if kind == "nixl-tcp":
         settings |= {"transport.nixl_tls": "tcp", "transport.nixl_devices": "lo"}
     return {"transport": kind.partition("-")[0], "settings": settings}

@@ -74,7 +74,7 @@ directory::Way* Directory::free_way(directory::Bucket& bucket, size_t* taken) co
     return free;
 }
 
-uint32_t Directory::add(uint64_t space, std::string_view key, uint64_t offset, uint32_t length) {
+uint32_t Directory::add(uint64_t space, std::string_view key, uint64_t offset, uint32_t length, const Digest& checksum) {
     const directory::Hash hash = directory::hash_of(seed_, space, key.data(), key.size());
     size_t in_first, in_second;
     directory::Way* first = free_way(bucket(hash.first), &in_first);
@@ -99,6 +99,10 @@ uint32_t Directory::add(uint64_t space, std::string_view key, uint64_t offset, u
     at.length.store(length, kRelaxed);
     at.key_bytes.store(static_cast<uint32_t>(key.size()), kRelaxed);
     for (size_t i = 0; i < directory::kKeyBytes / 8; ++i) at.key[i].store(words[i], kRelaxed);
+    uint64_t sum[2];
+    static_assert(sizeof sum == sizeof checksum);
+    std::memcpy(sum, checksum.data(), sizeof sum);
+    for (size_t i = 0; i < 2; ++i) at.checksum[i].store(sum[i], kRelaxed);
     take_mark(number);
     at.version.store(at.version.load(kRelaxed) + 1, std::memory_order_release);
     way->store(uint64_t{hash.tag} << 32 | (number + 1), std::memory_order_release);

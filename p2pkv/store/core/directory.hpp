@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "directory_layout.hpp"
+#include "store_types.hpp"
 
 namespace p2pkv::store {
 
@@ -20,7 +21,7 @@ class Directory {
     Directory& operator=(const Directory&) = delete;
 
     // A block is here, until it is removed. Its entry; kNowhere: there is no room, and engines ask for it as before.
-    uint32_t add(uint64_t space, std::string_view key, uint64_t offset, uint32_t length);
+    uint32_t add(uint64_t space, std::string_view key, uint64_t offset, uint32_t length, const Digest& checksum);
     // The block's slot is about to be another's: no engine believes the entry any more when this returns.
     void remove(uint32_t entry, uint64_t space, std::string_view key);
     // Whether an engine has used the block since this was last asked.

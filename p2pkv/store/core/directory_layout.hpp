@@ -16,7 +16,7 @@
 namespace p2pkv::directory {
 
 constexpr uint64_t kMagic = 0x7032706b'76646972;  // "p2pkvdir"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr size_t kWays = 8;  // names that hash to one bucket; who finds no room in two buckets is not in the directory
 constexpr size_t kKeyBytes = 64;
 constexpr size_t kPageBytes = 4096;
@@ -45,8 +45,9 @@ struct Entry {
     std::atomic<uint32_t> length;
     std::atomic<uint32_t> key_bytes;
     std::atomic<uint64_t> key[kKeyBytes / 8];
+    std::atomic<uint64_t> checksum[2];  // of the block's bytes: xxh3_128, as in memory
 };
-static_assert(sizeof(Entry) == 96 && Way::is_always_lock_free);
+static_assert(sizeof(Entry) == 112 && Way::is_always_lock_free);
 
 // Header, padded to a page; buckets; entries.
 constexpr size_t buckets_at() { return kPageBytes; }

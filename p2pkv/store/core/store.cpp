@@ -129,7 +129,7 @@ Ended Store::commit(Block& block, const Digest& checksum, double now) {
     block.state.store(State::live, kRelaxed);
     space.listed.push_back(block);
     space.size.lru.insert(block);
-    if (directory_ != nullptr) block.entry = directory_->add(space.id, block.key(), block.offset, block.length);
+    if (directory_ != nullptr) block.entry = directory_->add(space.id, block.key(), block.offset, block.length, block.checksum);
     live_bytes_ += block.length;
     ++counters_.commits;
     events_.add(index_key(space, block.key()), Tier::dram);

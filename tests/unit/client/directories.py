@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -68,8 +69,8 @@ class Silent:
             ours, theirs = socket.socketpair()
             self._ends += [peer, ours]
             ready = CODEC.encode(Ready(ENGINE_PROTOCOL_MAX, 1, 1, arena_bytes, 10_000), 1)
-            socket.send_fds(peer, [ready], [arena_fd, theirs.fileno(), *directory])
-            theirs.close()
+            with theirs, contextlib.suppress(OSError):  # who connected may have gone again
+                socket.send_fds(peer, [ready], [arena_fd, theirs.fileno(), *directory])
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)

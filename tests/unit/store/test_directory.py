@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import mmap
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,8 +58,9 @@ class Scene:
         place = self.store.reserve(self.namespace, key, now)
         if isinstance(place, Status):
             return place
-        self.fill(place, bytes_of(key, self.block_bytes) if content is None else content)
-        self.store.commit(place, bytes(16), now)
+        content = bytes_of(key, self.block_bytes) if content is None else content
+        self.fill(place, content)
+        self.store.commit(place, xxhash.xxh3_128_digest(content), now)
         return None
 
     def fill(self, place: Reservation, content: bytes) -> None:
@@ -66,6 +69,19 @@ class Scene:
     def read(self, key: bytes) -> bytes | None:
         out = bytearray(self.block_bytes)
         return bytes(out) if self.reader.copy(self.namespace, key, out) else None
+
+    def prove(self, key: bytes) -> tuple[Proof, bytes]:
+        """As an agent of the same host reads it."""
+        out = bytearray(self.block_bytes)
+        return Proof(self.reader.copy_proven(self.namespace, key, out)), bytes(out)
+
+
+class Proof(enum.IntEnum):
+    """``native/directory_reader.hpp``"""
+
+    GOOD = 0
+    GONE = 1
+    WRONG = 2
 
 
 @pytest.fixture
@@ -81,6 +97,26 @@ def test_what_is_put_can_be_read_without_asking_and_is_counted(scene: Scene) -> 
     scene.put(KEYS[0])
     assert scene.read(KEYS[0]) == bytes_of(KEYS[0], PAGE)
     assert scene.store.core.read_unasked() == (1, PAGE)
+
+
+def test_a_neighbour_proves_what_it_reads_and_counts_it_as_used_but_not_as_a_hit(scene: Scene) -> None:
+    assert scene.prove(KEYS[0])[0] is Proof.GONE
+    for now, key in enumerate(KEYS[:4]):
+        scene.put(key, float(now))
+    assert scene.prove(KEYS[0]) == (Proof.GOOD, bytes_of(KEYS[0], PAGE))
+    assert scene.store.core.read_unasked() == (0, 0)
+    scene.put(KEYS[4], 10.0)
+    assert [scene.prove(key)[0] for key in KEYS[:3]] == [Proof.GOOD, Proof.GONE, Proof.GOOD]
+
+
+def test_a_neighbour_notices_a_bit_that_flipped_in_the_arena(scene: Scene) -> None:
+    scene.put(KEYS[0])
+    place = scene.store.lookup(scene.namespace, KEYS[0])
+    assert place is not None
+    changed = bytearray(bytes_of(KEYS[0], PAGE))
+    changed[PAGE // 2] ^= 1
+    assert _native.copy(scene.arena.view(place.offset, place.length), bytes(changed))
+    assert scene.prove(KEYS[0])[0] is Proof.WRONG
 
 
 def test_a_block_that_is_being_written_cannot_be_read(scene: Scene) -> None:
@@ -289,8 +325,9 @@ BLOCKS = 6
 NAMES = [bytes([i]) * 16 for i in range(1, 13)]
 
 
-def wrong_reads(scene: Scene, *, until_wrong: bool, seconds: float) -> tuple[int, int]:
-    """Read while every slot is reused again and again; (reads that succeeded, those with a wrong byte)."""
+def wrong_reads(scene: Scene, *, proven: bool, until_wrong: bool, seconds: float) -> tuple[int, int]:
+    """Read while every slot is reused again and again; (reads that succeeded, those with a wrong byte, or of which that
+    was said)."""
     contents = {name: name * (BLOCK // 16) for name in NAMES}
     over = threading.Event()
 
@@ -309,7 +346,11 @@ def wrong_reads(scene: Scene, *, until_wrong: bool, seconds: float) -> tuple[int
     try:
         while time.monotonic() < deadline and not (until_wrong and wrong):
             name = rng.choice(NAMES)
-            if scene.reader.copy(scene.namespace, name, out):
+            if proven:
+                proof = scene.reader.copy_proven(scene.namespace, name, out)
+                good += proof == Proof.GOOD
+                wrong += proof == Proof.WRONG or (proof == Proof.GOOD and out != contents[name])
+            elif scene.reader.copy(scene.namespace, name, out):
                 good += 1
                 wrong += out != contents[name]
     finally:
@@ -325,15 +366,18 @@ def made() -> Iterator[list[Scene]]:
         scene.files.close()
 
 
-def test_a_slot_that_is_reused_while_it_is_copied_gives_no_wrong_byte(made: list[Scene]) -> None:
+@pytest.mark.parametrize("proven", [False, True], ids=["an-engine", "a-neighbour"])
+def test_a_slot_that_is_reused_while_it_is_copied_gives_no_wrong_byte(made: list[Scene], proven: bool) -> None:
+    """And nobody is accused of one."""
     scene = Scene(BLOCKS, BLOCK)
     made.append(scene)
-    good, wrong = wrong_reads(scene, until_wrong=False, seconds=1.0)
+    good, wrong = wrong_reads(scene, proven=proven, until_wrong=False, seconds=1.0)
     assert good > 50 and wrong == 0
 
 
-def test_without_the_look_afterwards_it_would(made: list[Scene]) -> None:
+@pytest.mark.parametrize("proven", [False, True], ids=["an-engine", "a-neighbour"])
+def test_without_the_look_afterwards_it_would(made: list[Scene], proven: bool) -> None:
     scene = Scene(BLOCKS, BLOCK, unchecked=True)
     made.append(scene)
-    _, wrong = wrong_reads(scene, until_wrong=True, seconds=20.0)
+    _, wrong = wrong_reads(scene, proven=proven, until_wrong=True, seconds=20.0)
     assert wrong > 0
