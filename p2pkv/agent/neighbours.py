@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import socket
@@ -185,7 +186,7 @@ class Neighbours:
         """Have its memory read until it closes the connection. False: it cannot be."""
         try:
             try:
-                files = [(fd, os.fstat(fd).st_size) for fd in (attached.table, attached.marks)]
+                files = [(fd, _sealed_bytes(fd)) for fd in (attached.table, attached.marks)]
                 self._lane.set_neighbour(node, (attached.arena, attached.arena_bytes), files)
             except (OSError, ValueError) as error:
                 log.warning("the memory of %016x, an agent of this host, cannot be read: %s", node, error)
@@ -200,6 +201,17 @@ class Neighbours:
             self.attached.discard(node)
             self._lane.drop_neighbour(node)
             attached.sock.close()
+
+
+def _sealed_bytes(fd: int) -> int:
+    """How long a file is that cannot become shorter: to read what has been cut off would end this process.
+
+    Raises:
+        ValueError: it can.
+    """
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise ValueError("its directory is not sealed")
+    return os.fstat(fd).st_size
 
 
 async def _until_closed(sock: socket.socket) -> None:

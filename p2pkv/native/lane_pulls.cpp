@@ -20,7 +20,7 @@ constexpr double kAboutAsQuick = 1.5;  // times what the quickest holder takes: 
 constexpr double kEnoughFactor = 4.0;
 constexpr double kEnoughMinS = 0.1;
 constexpr uint64_t kTellBytes = 1 << 20;  // of a neighbour's blocks: what comes next takes as long as copying this on
-constexpr uint64_t kLookBytes = 1 << 20;  // the lane's thread receives so much itself, while nobody asks it for anything
+constexpr uint64_t kLookBytes = 8 << 20;  // the lane's thread receives so much itself, while nobody asks it for anything
 
 unsigned char status_of(Code code) {
     switch (code) {

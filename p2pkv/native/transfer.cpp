@@ -21,7 +21,7 @@ constexpr uint64_t kTurnBytes = 4 << 20;   // then another transfer of this thre
 constexpr size_t kSendfileBytes = 1 << 20;
 constexpr auto kPinLook = std::chrono::microseconds(150);
 constexpr auto kReceiveLook = std::chrono::microseconds(150);  // without a byte; waking another thread costs 20 to 50
-constexpr auto kReceiveLookMost = std::chrono::milliseconds(2);  // in all: a block that trickles is the I/O thread's
+constexpr auto kReceiveLookMost = std::chrono::milliseconds(4);  // in all: a block that trickles is the I/O thread's
 constexpr uint64_t kBeginBytes = 256 << 10;  // some 30 us of the event loop's time; waking a thread costs as much
 
 uint32_t load32(const unsigned char* p) {

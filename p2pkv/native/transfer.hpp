@@ -143,7 +143,7 @@ class Receive final : public Asking {
     Receive(uint64_t job, int fd, Limits limits, std::string request, std::vector<Destination> blocks,
             uint64_t partial_bytes, uint64_t ahead_bytes = 0);
     // With `look`, which says whether the calling thread has nothing better to do: receives in it, without sleeping, for
-    // as long as bytes keep coming, two milliseconds at most and never after the deadline. An owner on this host has often
+    // as long as bytes keep coming, four milliseconds at most and never after the deadline. An owner on this host has often
     // answered before the request's system call is over.
     Want begin() override;
     std::function<bool()> look;

@@ -142,6 +142,24 @@ async def test_what_cannot_be_mapped_is_not_read_and_tried_again(agent: Silent, 
     await lane.until([NODE])
 
 
+async def test_a_directory_that_could_be_cut_off_is_not_read(held: Held, tmp_path: Path, lane: Lane) -> None:
+    """Our process would end by it."""
+    files = [os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for _ in range(2)]
+    other = Silent(tmp_path / "other.sock", held.arena.fd, held.arena.capacity_bytes, files)
+    ours = Neighbours(cast(EngineLane, lane), 99, HOST)
+    try:
+        ours.review(peer(other))
+        async with asyncio.timeout(10):
+            while len(other._ends) < 4:
+                await asyncio.sleep(0)
+        assert lane.read == []
+    finally:
+        await ours.stop()
+        other.close()
+        for fd in files:
+            os.close(fd)
+
+
 async def test_no_more_are_mapped_than_may_be(agent: Silent, ours: Neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "NEIGHBOURS_MAX", 2)
     for node in (3, 4, 5):
