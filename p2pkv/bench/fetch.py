@@ -127,8 +127,8 @@ PROMISES: Final = (
 )
 """Of issue 5: what a get from one peer takes, and what a block that is here takes."""
 
-AS_SHIPPED: Final = "; as shipped: over tcp below one_sided_min"
-"""Both agents are on one host, where a get of less than ``transport.one_sided_min`` (512 KiB) does not go over NIXL."""
+AS_SHIPPED: Final = "; as shipped: out of the owner's memory up to neighbour_max"
+"""Both agents are on one host, where a get of up to ``transport.neighbour_max`` (4 MiB) does not go over NIXL."""
 
 LOCAL_64K_US: Final = 100.0
 """A load of a block that is here, of 64 KiB."""
@@ -189,7 +189,7 @@ def claims_of(rows: Sequence[Times]) -> list[Claim]:
         ours, theirs = middles.get((transport, case, way)), middles.get((transport, case, against))
         name = f"fetch.{transport}.{case}" if way == "get_into" else f"fetch.{transport}.{case}.{way}"
         if share:
-            shipped = AS_SHIPPED if (transport, case) == ("nixl", "256KiB") else ""
+            shipped = AS_SHIPPED if transport == "nixl" and case in ("256KiB", "16x256KiB") else ""
             what = f"{way}'s GB/s at p50 of that of {against}, interleaved{shipped}"
             claims.append(at_least(f"{name}.of_{against}", ratio(theirs, ours), limit, "x", what))
         else:
