@@ -27,9 +27,9 @@ Written by `make bench` from what `p2pkv bench NAME --json` printed. Every figur
 (memcpy, raw TCP, raw NIXL), **interleaved in that run**, because machines differ and shared machines differ from minute
 to minute: compare ratios, and microseconds only within one table. What each bench does is in `benchmarks/README.md`.
 `nixl` is as shipped: between agents of one host a get of up to `transport.neighbour_max` (4 MiB) is read out of the
-owner's memory by the agent itself, as NIXL's own processes do there (both are one copy by the reader, and no work of the
-owner's). So up to 16 x 256 KiB our side of `fetch.nixl` is that, and from 16 x 1 MiB on it is NIXL. With it turned off 256 KiB
-has 0.38 to 0.44 of raw NIXL's rate.
+owner's memory by the agent itself, as NIXL's own processes do there (both are one copy by the reader, and no work of
+the owner's). So up to 16 x 256 KiB our side of `fetch.nixl` is that, and from 16 x 1 MiB on it is NIXL. With it turned
+off 256 KiB has 0.38 to 0.44 of raw NIXL's rate.
 
 ## Beside others
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from p2pkv.bench import failover, fetch, idle, stress
 from p2pkv.bench.progress import Progress
@@ -168,7 +169,7 @@ def test_a_block_can_be_told_by_its_key(tmp_path: Path) -> None:
 
 def test_stress_claims_count_wrong_blocks_and_that_there_was_stress() -> None:
     row = stress.Stress(
-        transport="tcp", block_bytes=1, reads=10, delivered=9, pulled=8, wrong=1, rejected=0, missed=1,
+        transport="tcp", block_bytes=1, reads=10, delivered=9, pulled=8, from_memory=1, wrong=1, rejected=0, missed=1,
         missed_at_owner=0, timed_out=0, pauses=0, held_blocks=0,
         owner_stops=1, owner_kills=1, written=5, evicted=3, seconds=1.0, pulled_per_s=8.0,
         gb_s=0.1,
@@ -177,3 +178,5 @@ def test_stress_claims_count_wrong_blocks_and_that_there_was_stress() -> None:
     assert [claim.id for claim in stress.claims_of(row, 9) if not claim.ok] == [
         "stress.wrong", "stress.pulled", "stress.held_blocks"
     ]  # fmt: skip
+    from_memory = replace(row, transport="memory")
+    assert stress.claims_of(from_memory, 10)[-1].ok and not stress.claims_of(from_memory, 20)[-1].ok

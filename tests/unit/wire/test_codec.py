@@ -61,7 +61,7 @@ def test_its_bytes_are_those_of_a_struct_of_the_same_fields(fields: dict[str, ob
     layout, struct = Layout(**fields), LayoutStruct(**fields)  # type: ignore[arg-type]
     assert body_of(engine.CODEC.encode(engine.Open(layout))) == pack([struct])
     card = peer.Card(1, 2, peer.Address("h", 3), "", "", [layout, layout], [])
-    twin = [1, 2, ["h", 3], "", "", [struct, struct], [], 0, [], "", 0]
+    twin = [1, 2, ["h", 3], "", "", [struct, struct], [], 0, [], "", 0, ""]
     assert codec.pack(card) == pack(twin)
     assert peer.unpack_card(codec.pack(card)) == card
 
