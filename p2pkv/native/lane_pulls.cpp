@@ -307,11 +307,10 @@ void Lane::on_event(Pull& pull, IoEvent event) {
     if (event.ahead_bytes != 0) return send_ahead(pull, event);
     LaneEvent landed;
     landed.kind = LaneEvent::Kind::landed;
-    if (pull.fd < 0) {
-        // nobody was asked
-    } else if (event.final && event.code == Code::ok) {
+    const bool asked = pull.fd >= 0;  // else its memory was read
+    if (event.final && asked && event.code == Code::ok) {
         pool_.give(pull.node, pull.slot, pull.fd, true);  // before the answer: the engine's next get may need it
-    } else if (event.final) {
+    } else if (event.final && asked) {
         ::close(pull.fd);
     }
     settle_blocks(pull, event, &landed);

@@ -179,4 +179,4 @@ def test_stress_claims_count_wrong_blocks_and_that_there_was_stress() -> None:
         "stress.wrong", "stress.pulled", "stress.held_blocks"
     ]  # fmt: skip
     from_memory = replace(row, transport="memory")
-    assert stress.claims_of(from_memory, 10)[-1].ok and not stress.claims_of(from_memory, 20)[-1].ok
+    assert stress.claims_of(from_memory, 100)[-1].ok and not stress.claims_of(from_memory, 200)[-1].ok
