@@ -269,7 +269,7 @@ def claims_of(row: Stress, reads: int) -> list[Claim]:
         at_least("stress.held_blocks", row.held_blocks, 1, "blocks", "under lease while all other slots were reused"),
     ]
     if row.transport == "memory":
-        # Only where all that a get asks for is still there: in some runs that is a quarter of the blocks, in others 7 %.
+        # Only where all that a get asks for is still there: in some runs a quarter of the blocks, in others 7 %.
         what = "of these, out of the owner's memory"
         claims.append(at_least("stress.from_memory", row.from_memory, reads // 100, "blocks", what))
     return claims
