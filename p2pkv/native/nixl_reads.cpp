@@ -382,9 +382,10 @@ bool NixlReads::on_done(uint32_t id, std::string_view body) {
     const bool short_of_news = done_bytes < active->landed;  // lawful for a read that failed, and no news either
     if (!short_of_news) land(*active, done_bytes);
     // Reads that need the owner's process to take part are Python's: it asks the owner for that.
-    if (status == kStatusNoPeer || status == kStatusDisconnected || !inline_) {
+    const bool lost = status == kStatusNoPeer || status == kStatusDisconnected;
+    if (lost || !inline_) {
         drop_peer(active->read.node);
-        events_.push({NixlReadsEvent::Kind::lost, active->read.node});
+        events_.push({lost ? NixlReadsEvent::Kind::lost : NixlReadsEvent::Kind::not_inline, active->read.node});
     }
     Code code = Code::closed;
     if (status == kStatusOk) code = Code::ok;

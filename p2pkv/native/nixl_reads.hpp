@@ -42,9 +42,10 @@ struct NixlRead {
 
 // For Python. hold: bytes of a read that has ended may still be written. clear: not any more. late: a read had to be ended
 // here, the process may hang. lost: the connection to a peer (`id` is the node). broken: the socket has ended, by itself
-// or because of what came: the process is of no use here any more.
+// or because of what came: the process is of no use here any more. not_inline: a read from a peer (`id` is the node) did not
+// end within its posts; the connection is as good as before.
 struct NixlReadsEvent {
-    enum class Kind : int { hold = 0, clear = 1, late = 2, lost = 3, broken = 4 };
+    enum class Kind : int { hold = 0, clear = 1, late = 2, lost = 3, broken = 4, not_inline = 5 };
     Kind kind;
     uint64_t id;
     uint64_t bytes = 0;

@@ -149,7 +149,7 @@ class NixlTransport:
             node=node,
             epoch=epoch,
             options=options,
-            native=NativeReads(native, self.peer_gone) if native is not None else None,
+            native=NativeReads(native, self.peer_gone, self._not_inline) if native is not None else None,
             on_ready=lambda _: self._endpoint_changed(),
             on_down=self._on_down,
             on_clear=on_clear,
@@ -188,6 +188,13 @@ class NixlTransport:
         owner = self._owners.pop(node, None)
         if owner is not None:
             self.process.remove_peer(owner.name)
+
+    def _not_inline(self, node: int) -> None:
+        """A native read had to wait for the owner's process. Other reads may be on the connection: it stays."""
+        owner = self._owners.get(node)
+        if owner is not None:
+            self.process.not_inline(owner.name)
+            self._owner(node)  # tells native code
 
     def _endpoint_changed(self) -> None:
         if not self._stopping:

@@ -25,6 +25,7 @@ class _Kind(enum.IntEnum):
     LATE = 2
     LOST = 3
     BROKEN = 4
+    NOT_INLINE = 5
 
 
 class NativeReads:
@@ -33,11 +34,15 @@ class NativeReads:
     Args:
         native: its other half; stopped by the lane that uses it.
         on_lost: a peer (its node id) cannot be read any more over the connection that there was.
+        on_not_inline: a peer has to take part in reads: native code leaves them alone, the connection stays.
     """
 
-    def __init__(self, native: _native.NixlReads, on_lost: Callable[[int], None]) -> None:
+    def __init__(
+        self, native: _native.NixlReads, on_lost: Callable[[int], None], on_not_inline: Callable[[int], None]
+    ) -> None:
         self.native = native
         self._on_lost = on_lost
+        self._on_not_inline = on_not_inline
         self._quarantine: Quarantine | None = None
         self._on_hold: Callable[[], None] = lambda: None
         self._on_late: Callable[[bool], None] = lambda broken: None
@@ -82,5 +87,7 @@ class NativeReads:
                 self._quarantine.clear(id_)
             elif kind == _Kind.LOST:
                 self._on_lost(id_)
+            elif kind == _Kind.NOT_INLINE:
+                self._on_not_inline(id_)
             else:
                 self._on_late(kind == _Kind.BROKEN)

@@ -267,6 +267,11 @@ class NixlProcess:
         log.info("connected to NIXL process %s in %d us: %s", endpoint.name, answer.connect_us, way)
         return connection
 
+    def not_inline(self, name: str) -> None:
+        """The latest read from a peer did not end within its posts."""
+        if known := self._peers.get(name):
+            self._peers[name] = known._replace(inline=False)
+
     def remove_peer(self, name: str) -> None:
         """Forget a peer; its reads in flight fail."""
         self._peers.pop(name, None)

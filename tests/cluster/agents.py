@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import p2pkv
 from p2pkv.client import AgentClient, Layout
 from p2pkv.client.cache import Cache
+from p2pkv.types import Tier
 
 READY_S = 60.0
 """A start takes 1 s alone and 5 s (NIXL: 10 s) on a machine whose cores are all busy."""
@@ -302,6 +303,16 @@ def alive_peers(agent: AgentProcess) -> set[str]:
 def visible(cache: Cache, keys: list[bytes], deadline_s: float = 20.0) -> None:
     """Wait until an agent's index knows a holder of every key."""
     eventually(lambda: cache.match(keys).anywhere == len(keys), deadline_s, why="blocks become visible")
+
+
+def all_have(cache: Cache, keys: list[bytes], count: int, deadline_s: float = 20.0) -> None:
+    """Wait until an agent's index knows that so many nodes have every key, itself included if it has."""
+
+    def known() -> bool:
+        depths = [depths[Tier.GONE] for depths in cache.match(keys).nodes.values()]
+        return depths == [len(keys)] * count
+
+    eventually(known, deadline_s, why=f"{count} nodes are known to have all of it")
 
 
 def state_of(pid: int) -> str:

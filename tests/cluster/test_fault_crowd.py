@@ -11,7 +11,7 @@ import pytest
 from p2pkv.client import AgentClient
 from p2pkv.client.cache import Cache
 from p2pkv.types import Status
-from tests.cluster.agents import AgentProcess, Cluster, eventually, visible
+from tests.cluster.agents import AgentProcess, Cluster, all_have, visible
 from tests.cluster.blocks import blocks_of, new_keys
 from tests.cluster.test_peer_faults import SMALL, put
 from tests.cluster.transports import NIXL, TCP, options
@@ -61,7 +61,7 @@ def test_sixty_four_gets_of_one_prefix_pull_it_once(cluster: Cluster, clients: l
     for holder in holders:
         assert all(holder.open(SMALL).put(keys, blocks_of(keys, SMALL.block_bytes)))
     caches = crowd_of(reader, clients)
-    eventually(lambda: len(caches[0].match(keys).nodes) == 2, why="both holders are known")
+    all_have(caches[0], keys, 2)
     right = blocks_of(keys, SMALL.block_bytes)
     for statuses, out in ask_at_once(caches, keys):
         assert statuses == [Status.OK] * BLOCKS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from p2pkv.types import Status
-from tests.cluster.agents import AgentProcess, Cluster, eventually, visible
+from tests.cluster.agents import AgentProcess, Cluster, all_have, eventually, visible
 from tests.cluster.blocks import blocks_of, new_keys
 from tests.cluster.proxy import Proxy
 from tests.cluster.test_peer_faults import SMALL, Read, put
@@ -88,6 +88,6 @@ def test_what_owners_say_about_places_is_not_believed(cluster: Cluster, kind: st
     keys = new_keys(16)
     for holder in (liar, another, honest):
         assert all(holder.open(SMALL).put(keys, blocks_of(keys, BLOCK)))
-    eventually(lambda: len(cache.match(keys).nodes) == 3, why="all holders are known")
+    all_have(cache, keys, 3)
     assert Read(cache, keys, 20_000).end() == 16
     assert reader.metric("p2pkv_rejected_blocks_total") >= 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cluster.agents import Cluster, eventually, visible
+from tests.cluster.agents import Cluster, all_have, eventually, visible
 from tests.cluster.blocks import blocks_of, new_keys
 from tests.cluster.test_peer_faults import MIB, SLACK_S, SMALL, Read, put
 from tests.cluster.transports import NIXL, NIXL_TCP, TCP, options
@@ -38,7 +38,7 @@ def test_when_all_holders_go_a_get_ends_long_before_its_deadline_and_the_next_on
         assert all(holder.open(MIB).put(keys, blocks_of(keys, MIB.block_bytes), deadline_ms=20_000))
     local = put(reader, SMALL, 4)
     cache, small = reader.open(MIB), reader.open(SMALL)
-    eventually(lambda: len(cache.match(keys).nodes) == 2, why="both holders are known")
+    all_have(cache, keys, 2)
 
     def begin() -> Read:
         return Read(cache, keys, int(DEADLINE_S * 1000))

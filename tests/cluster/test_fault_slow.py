@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from p2pkv.client.cache import Cache
-from tests.cluster.agents import AgentProcess, Cluster, eventually, visible
+from tests.cluster.agents import AgentProcess, Cluster, all_have, eventually, visible
 from tests.cluster.blocks import blocks_of, new_keys
 from tests.cluster.proxy import Proxy
 from tests.cluster.test_peer_faults import MIB, SLACK_S, Read
@@ -89,7 +89,7 @@ class Scene:
         keys = new_keys(count)
         for owner in self.owners:
             assert all(owner.open(MIB).put(keys, blocks_of(keys, MIB.block_bytes), deadline_ms=20_000))
-        eventually(lambda: len(self.cache.match(keys).nodes) == len(self.owners), why="all holders are known")
+        all_have(self.cache, keys, len(self.owners))
         return keys
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from p2pkv.client.cache import Cache
 from p2pkv.types import Status
-from tests.cluster.agents import AgentProcess, Cluster, alive_peers, eventually, make_layout, visible
+from tests.cluster.agents import AgentProcess, Cluster, alive_peers, all_have, eventually, make_layout, visible
 from tests.cluster.blocks import block_of, blocks_of, new_keys
 from tests.cluster.proxy import Proxy
 from tests.cluster.transports import NIXL, NIXL_TCP, TCP, options
@@ -115,7 +115,7 @@ def test_a_block_comes_from_another_holder_when_the_first_one_fails(cluster: Clu
     for holder in (first, second):
         assert all(holder.open(SMALL).put(keys, blocks_of(keys, SMALL.block_bytes)))
     cache = reader.open(SMALL)
-    eventually(lambda: len(cache.match(keys).nodes) == 2, why="both holders are known")
+    all_have(cache, keys, 2)
     # Of equals the one with the lowest id is asked first (p2pkv/transport/plan.py).
     asked_first = min((first, second), key=lambda agent: int(agent.node, 16))
     getattr(asked_first, fault)()
@@ -156,7 +156,7 @@ def test_a_byte_that_changes_on_the_wire_costs_one_block_and_is_counted(cluster:
         assert all(honest.open(SMALL).put(keys, blocks_of(keys, SMALL.block_bytes)))
         more = put(liar, SMALL, 5)
         assert all(honest.open(SMALL).put(more, blocks_of(more, SMALL.block_bytes)))
-        eventually(lambda: len(cache.match(more).nodes) == 2, why="both holders are known")
+        all_have(cache, more, 2)
         assert Read(cache, more, 5_000).end() == 5
         assert Read(cache, keys, 5_000).end() == 5
 

@@ -11,7 +11,7 @@ from p2pkv.client import AgentClient
 from p2pkv.client.cache import Cache
 from p2pkv.types import Status
 from p2pkv.wire.engine_types import Pace
-from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout, visible
+from tests.cluster.agents import AgentProcess, Cluster, all_have, eventually, make_layout, visible
 from tests.cluster.blocks import block_of, blocks_of, new_keys
 from tests.cluster.proxy import Proxy
 from tests.cluster.test_questions import ask
@@ -32,7 +32,7 @@ def holders(cluster: Cluster, count: int, blocks: int) -> tuple[AgentProcess, Ca
     for owner in owners:
         assert all(owner.open(MIB).put(keys, blocks_of(keys, MIB.block_bytes), deadline_ms=20_000))
     cache = reader.open(MIB)
-    eventually(lambda: len(cache.match(keys).nodes) == count, why="all holders are known")
+    all_have(cache, keys, count)
     return reader, cache, keys, owners
 
 
@@ -76,7 +76,7 @@ def test_a_holder_that_is_killed_in_mid_prefix_costs_nothing_but_time(cluster: C
         for owner in (dying, lasting):
             assert all(owner.open(MIB).put(keys, blocks_of(keys, MIB.block_bytes), deadline_ms=20_000))
         cache = reader.open(MIB)
-        eventually(lambda: len(cache.match(keys).nodes) == 2, why="both holders are known")
+        all_have(cache, keys, 2)
         first.rate = second.rate = 32_000_000
         out = [bytearray(MIB.block_bytes) for _ in keys]
         with ThreadPoolExecutor(1) as thread:
@@ -97,7 +97,7 @@ def test_an_owner_that_sends_as_much_as_it_may_says_busy_and_others_are_asked(cl
     for owner in (limited, other):
         assert all(owner.open(SMALL).put(keys, blocks_of(keys, SMALL.block_bytes)))
     cache = reader.open(SMALL)
-    eventually(lambda: len(cache.match(keys).nodes) == 2, why="both are known")
+    all_have(cache, keys, 2)
     out = bytearray(SMALL.block_bytes)
     for key in keys:
         assert cache.get_into([key], [out], deadline_ms=5_000) == [True] and out == block_of(key, SMALL.block_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from p2pkv.transport import nixl_process
 from p2pkv.transport import nixl_wire as wire
 from p2pkv.transport.base import CallOff, PullRequest, PullResult
 from p2pkv.transport.nixl import NixlTransport
-from p2pkv.transport.nixl_process import NixlOptions
+from p2pkv.transport.nixl_native import _Kind
+from p2pkv.transport.nixl_process import Connection, NixlOptions
 from p2pkv.transport.nixl_wire import ReadStatus
 from p2pkv.types import Status
 from p2pkv.wire.fields import Extent
@@ -62,10 +64,42 @@ class Owner:
         raise AssertionError(message)
 
 
+class Native:
+    """In the place of the native reads: what it is told of peers, and a mouth."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.bell = -1
+        self.peers: dict[int, str] = {}
+        self._events: list[tuple[int, int, int]] = []
+
+    def say(self, kind: int, node: int) -> None:
+        self._events.append((kind, node, 0))
+        os.eventfd_write(self.fd, 1)
+
+    def drain(self) -> list[tuple[int, int, int]]:
+        os.eventfd_read(self.fd)
+        events, self._events = self._events, []
+        return events
+
+    def attach(self, fd: int, process: int) -> None:
+        os.close(fd)
+
+    def detach(self) -> None:
+        self.peers.clear()
+
+    def set_peer(self, node: int, endpoint: str) -> None:
+        self.peers[node] = endpoint
+
+    def drop_peer(self, node: int) -> None:
+        self.peers.pop(node, None)
+
+
 class Reader:
     """A transport, and the child's end of its socket."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.native = Native()
         self.script = Script()
         monkeypatch.setattr(nixl_process, "spawn", self.script.spawn)
         monkeypatch.setattr(nixl_process, "STOP_S", 0.0)
@@ -82,6 +116,7 @@ class Reader:
             stall_s=0.02,
             on_clear=lambda token: None,
             on_endpoint=lambda: None,
+            native=self.native,  # type: ignore[arg-type]
         )
 
     def pull(self, length: int = LENGTH) -> asyncio.Task[PullResult]:
@@ -112,6 +147,7 @@ async def reader(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reader]:
     yield made
     await made.transport.stop()
     made.script.sock.close()
+    os.close(made.native.fd)
 
 
 async def test_the_death_of_our_own_process_in_a_read_is_not_the_peers_failure(reader: Reader) -> None:
@@ -173,6 +209,45 @@ async def test_a_read_that_does_not_go_on_is_called_off_when_the_owner_does_not_
     assert isinstance(message, wire.Cancel) and cancelled == read_id
     reader.script.say((done(ReadStatus.TIMEOUT), read_id))
     assert (await pull).statuses == [Status.TIMEOUT]
+
+
+async def test_a_native_read_that_was_not_inline_costs_no_other_read_its_connection(reader: Reader) -> None:
+    pull = reader.pull()
+    await reader.connect()
+    read_id = await reader.read()
+    assert reader.native.peers == {NODE: OWNER.name}
+    reader.native.drop_peer(NODE)  # as native code does by itself
+    reader.native.say(_Kind.NOT_INLINE, NODE)
+    async with asyncio.timeout(5):
+        while reader.transport.process.connected(OWNER.name) != Connection(False, 5):
+            await asyncio.sleep(0.001)
+    assert not pull.done()
+    reader.script.say((done(ReadStatus.BUSY), read_id))
+    assert (await pull).statuses == [Status.BUSY]
+
+    pull = reader.pull()
+    read_id = await reader.read()  # and not RemovePeer, nor AddPeer
+    assert not reader.native.peers
+    reader.script.say((done(ReadStatus.OK, LENGTH, inline=True), read_id))
+    await pull
+    pull = reader.pull()
+    reader.script.say((done(ReadStatus.BUSY), await reader.read()))
+    await pull
+    assert reader.native.peers == {NODE: OWNER.name}, "the read before was inline"
+
+
+async def test_a_peer_that_native_code_has_lost_is_connected_to_again(reader: Reader) -> None:
+    pull = reader.pull()
+    await reader.connect()
+    reader.script.say((done(ReadStatus.BUSY), await reader.read()))
+    await pull
+    reader.native.say(_Kind.LOST, NODE)
+    message, _ = await reader.script.hear()
+    assert isinstance(message, wire.RemovePeer)
+    pull = reader.pull()
+    await reader.connect()
+    reader.script.say((done(ReadStatus.BUSY), await reader.read()))
+    await pull
 
 
 async def test_a_read_that_is_only_slow_is_not(reader: Reader) -> None:
