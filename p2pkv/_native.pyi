@@ -179,10 +179,11 @@ def many_processors() -> bool:
     """Whether this process may use four processors or more (``native/placement.hpp``)."""
 
 class Placement:
-    """On which processors the stages of a one-sided read run, where there are two (``native/placement.hpp``)."""
+    """On which processors the stages of a read run, where there are two (``native/placement.hpp``)."""
 
     def __init__(self) -> None: ...
     def arrange(self, engine: int, reader: int, checker: int) -> None: ...
+    def give_up(self) -> None: ...
 
 class NixlReads:
     """One-sided reads by the NIXL process for the lane (``native/nixl_reads.hpp``). ``fd``: :meth:`drain` has

@@ -58,7 +58,8 @@ void bind_lane(nb::module_& m) {
 
     nb::class_<Placement>(m, "Placement")
         .def(nb::init<>())
-        .def("arrange", &Placement::arrange, "engine"_a, "reader"_a, "checker"_a);
+        .def("arrange", &Placement::arrange, "engine"_a, "reader"_a, "checker"_a)
+        .def("give_up", &Placement::give_up);
 
     nb::class_<NixlReads>(m, "NixlReads")
         .def(nb::init<store::Store&, uintptr_t, uint64_t>(), "store"_a, "arena"_a, "partial_bytes"_a,

@@ -24,6 +24,7 @@
 #include "io_engine.hpp"
 #include "neighbours.hpp"
 #include "nixl_reads.hpp"
+#include "placement.hpp"
 #include "pool.hpp"
 #include "store.hpp"
 
@@ -155,6 +156,7 @@ class Lane {
         int fd;
         double due;
     };
+    Placement placement_;
     std::deque<Owed> owed_;  // the lane's thread only
     Completions<LaneEvent> events_;
     std::thread thread_;

@@ -1,5 +1,6 @@
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -264,7 +265,16 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
                                     static_cast<uint32_t>(store::Store::length_of(*block))});
         auto receive = std::make_unique<Receive>(pull->job, pull->fd, limits, frame::make(kTypeGet, 0, body),
                                                  std::move(destinations), options_.partial_bytes, options_.ahead_bytes);
-        if (pull->look) receive->look = [this] { return !has_events(); };
+        if (pull->look) {
+            receive->look = [this] { return !has_events(); };
+            uint64_t bytes = 0;
+            for (const store::BlockRef& block : pull->blocks) bytes += store::Store::length_of(*block);
+            if (bytes < kWorthArranging) {
+                placement_.give_up();
+            } else {
+                placement_.arrange(request.processor, 0, gettid());
+            }
+        }
         transfer = std::move(receive);
         transfer->on_event = [this, pull](IoEvent event) { on_event(*pull, std::move(event)); };
     }

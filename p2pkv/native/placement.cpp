@@ -6,11 +6,12 @@ namespace {
 constexpr int kMany = 4;  // an engine's thread, the lane's, the receiver's, and one to spare
 
 // It may fail: the thread may have ended, or the administrator taken that processor away. Then it runs where it may.
-void put(pid_t thread, uint32_t processor) {
-    cpu_set_t only;
-    CPU_ZERO(&only);
-    CPU_SET(processor, &only);
-    if (thread != 0) sched_setaffinity(thread, sizeof only, &only);
+void put(pid_t thread, uint32_t processor, uint32_t or_processor) {
+    cpu_set_t these;
+    CPU_ZERO(&these);
+    CPU_SET(processor, &these);
+    CPU_SET(or_processor, &these);
+    if (thread != 0) sched_setaffinity(thread, sizeof these, &these);
 }
 
 }  // namespace
@@ -44,8 +45,17 @@ void Placement::arrange(uint32_t engine, pid_t reader, pid_t checker) {
     engine_ = engine;
     reader_ = reader;
     checker_ = checker;
-    put(reader, engine == first_ ? second_ : first_);
-    put(checker, engine);
+    const uint32_t other = engine == first_ ? second_ : first_;
+    put(reader, other, other);
+    put(checker, engine, engine);
+}
+
+void Placement::give_up() {
+    std::lock_guard lock(mutex_);
+    if (engine_ == kNoProcessor) return;
+    put(reader_, first_, second_);
+    put(checker_, first_, second_);
+    engine_ = kNoProcessor;
 }
 
 }  // namespace p2pkv

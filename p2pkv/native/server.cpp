@@ -4,6 +4,7 @@
 #include <netinet/tcp.h>
 #include <pthread.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -35,6 +36,12 @@ void write_record(char* record, const store::Place& place) {
     store32(record + 4, static_cast<uint32_t>(place.length));
     store64(record + 8, place.generation);
     std::memcpy(record + 16, place.checksum.data(), place.checksum.size());
+}
+
+uint64_t bytes_of(const store::Pinned& pinned) {
+    uint64_t bytes = 0;
+    for (const store::Place& place : pinned.places) bytes += place.hit ? place.length : 0;
+    return bytes;
 }
 
 // For epoll_wait: rounded up, so that what is due is due when it returns.
@@ -247,18 +254,27 @@ bool Server::may_send(uint64_t bytes) {
 
 // False: as much is being sent as may be. The reader has been told, and nothing is held for it.
 bool Server::afford(Connection& connection, const store::Pinned& pinned) {
-    uint64_t bytes = 0;
-    for (const store::Place& place : pinned.places) bytes += place.hit ? place.length : 0;
+    const uint64_t bytes = bytes_of(pinned);
     if (bytes == 0 || may_send(bytes)) return true;
     release(connection);
     send_answer(connection, error_frame("busy", "this node sends as much as it may (transport.serve_max)"), {});
     return false;
 }
 
+// A reader of this host, whose thread receives while this one sends: on two processors, not on one.
+void Server::make_way(const Connection& connection, uint64_t bytes) {
+    if (bytes < kWorthArranging) return placement_.give_up();
+    int processor;
+    socklen_t size = sizeof processor;
+    if (getsockopt(connection.fd, SOL_SOCKET, SO_INCOMING_CPU, &processor, &size) != 0 || processor < 0) return;
+    placement_.arrange(static_cast<uint32_t>(processor), gettid(), 0);
+}
+
 void Server::answer_get(Connection& connection) {
     ++counters_.gets;
     store::Pinned pinned;
     if (!hold(connection, &pinned) || !afford(connection, pinned)) return;
+    if (connection.mapping != nullptr) make_way(connection, bytes_of(pinned));
     std::string header = frame::begin(kTypeGot, pinned.places.size() * kGotRecordBytes);
     size_t at = header.size();
     header.resize(at + pinned.places.size() * kGotRecordBytes);

@@ -21,6 +21,7 @@
 
 #include "allowance.hpp"
 #include "completions.hpp"
+#include "placement.hpp"
 #include "requests.hpp"
 #include "store.hpp"
 #include "transfer.hpp"
@@ -102,6 +103,7 @@ class Server {
     void turn(uint64_t id, Connection& connection, std::string_view bytes);
     Next go_on(Connection& connection, std::string_view bytes);
     Next serve(Connection& connection, unsigned char type, std::string_view body);
+    void make_way(const Connection& connection, uint64_t bytes);
     void answer_get(Connection& connection);
     void answer_pin(Connection& connection, bool serve_reads);
     bool hold(Connection& connection, store::Pinned* pinned);
@@ -138,6 +140,7 @@ class Server {
     uint64_t last_id_ = 0;
     double check_at_ = std::numeric_limits<double>::infinity();  // nothing ends by itself before
     BlocksRequest asked_;
+    Placement placement_;
     std::unique_ptr<char[]> received_;
     std::thread thread_;
 };

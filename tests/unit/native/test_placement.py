@@ -76,6 +76,19 @@ def test_a_reader_that_replaces_another_is_put_there_too(threads: Threads) -> No
 
 
 @two
+def test_who_is_given_up_runs_everywhere_again_and_can_be_put_there_again(threads: Threads) -> None:
+    first, second = HERE[:2]
+    made = placement([first, second])
+    made.give_up()
+    assert threads.allowed() == (set(HERE), set(HERE)), "nobody had been put anywhere"
+    for _ in range(2):
+        made.arrange(first, threads.reader, threads.checker)
+        assert threads.allowed() == ({second}, {first})
+        made.give_up()
+        assert threads.allowed() == ({first, second}, {first, second})
+
+
+@two
 def test_nothing_is_done_for_an_engine_that_is_elsewhere_or_does_not_say(threads: Threads) -> None:
     made = placement(HERE[:2])
     for engine in (NO_PROCESSOR, max(HERE) + 1, 1 << 31):
