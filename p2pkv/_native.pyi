@@ -171,6 +171,12 @@ class Pool:
     def is_near(self, node: int) -> bool:
         """Whether it answers in less time than it takes to wake a thread or two. For tests."""
 
+    def shun(self, slot: int, shunned: bool) -> None:
+        """Whether the node in this slot of the index is not to be asked."""
+
+    def shunned(self, slot: int) -> bool:
+        """For tests."""
+
     def clear(self) -> None: ...
     def idle(self) -> int: ...
     def idle_at(self, node: int) -> int: ...

@@ -153,7 +153,8 @@ class EngineLane:
         return self._native.blocks_in_flight
 
     def counters(self) -> dict[str, int]:
-        """Since the start: hits_local, bytes_local, hits_peer, hits_neighbour (of these), bytes_peer, handed_over."""
+        """Since the start: hits_local, bytes_local, hits_peer, hits_neighbour (of these), bytes_peer, misses,
+        handed_over."""
         return self._native.counters()
 
     def _on_events(self) -> None:

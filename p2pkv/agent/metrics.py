@@ -78,10 +78,11 @@ class AgentCollector(Collector):
         yield stored
         counted = self._agent.lane.counters()
         short = CounterMetricFamily(
-            "p2pkv_short_way_blocks", "Of the blocks, those given without the event loop.", labels=["source"]
+            "p2pkv_short_way_blocks", "Of the blocks, those answered without the event loop.", labels=["source"]
         )
         short.add_metric(["local"], counted["hits_local"])
         short.add_metric(["peer"], counted["hits_peer"])
+        short.add_metric(["miss"], counted["misses"])
         yield short
         yield _counter(
             "p2pkv_neighbour_blocks",

@@ -517,7 +517,7 @@ class CacheService:
         if self.lane is None:
             return stats
         by_itself = self.lane.counters()
-        names = ("hits_local", "bytes_local", "hits_peer", "bytes_peer")
+        names = ("hits_local", "bytes_local", "hits_peer", "bytes_peer", "misses")
         return msgspec.structs.replace(stats, **{name: getattr(stats, name) + by_itself[name] for name in names})
 
     # --- ownership ---

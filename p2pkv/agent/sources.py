@@ -36,6 +36,7 @@ class Sources:
         self._network = network
         self._transports = transports
         self._probing: dict[int, asyncio.Task[None]] = {}
+        self._shunned: dict[int, int] = {}  # of those, by node: the slot of the index
         self.link_bytes_per_s = link_bytes_per_s(host, transports.rdma)
         """What this host's own link can receive, as far as is known."""
         self.peers = Peers(
@@ -64,6 +65,7 @@ class Sources:
     def gone(self, node: int) -> None:
         """The peer is unreachable or has left."""
         self.peers.forget(node)
+        self._shun(node, None)
         task = self._probing.pop(node, None)
         if task is not None:
             task.cancel()
@@ -99,11 +101,22 @@ class Sources:
             log.warning("%016x does not answer pulls; it is not asked before a probe has gone through", node)
             task = asyncio.get_running_loop().create_task(self._probe(node))
             self._probing[node] = task
+            self._shun(node, self._network.node_slot(node))
             task.add_done_callback(lambda done: self._probed(node, done))
 
     def _probed(self, node: int, task: asyncio.Task[None]) -> None:
         if self._probing.get(node) is task:
             del self._probing[node]
+            self._shun(node, None)
+
+    def _shun(self, node: int, slot: int | None) -> None:
+        """Native code asks whoever is in this slot of the index for nothing; ``None``: it may be asked again."""
+        pool = self._transports.tcp.pool
+        if slot is not None:
+            self._shunned[node] = slot
+            pool.shun(slot, True)
+        elif (shunned := self._shunned.pop(node, None)) is not None:
+            pool.shun(shunned, False)
 
     async def _probe(self, node: int) -> None:
         while not self.peers.usable(node):

@@ -52,6 +52,8 @@ void bind_lane(nb::module_& m) {
         .def("expect", &Pool::expect, "node"_a, "first_byte_s"_a, "byte_s"_a)
         .def("learn", &Pool::learn, "node"_a, "waited_s"_a)
         .def("is_near", &Pool::is_near, "node"_a)
+        .def("shun", &Pool::shun, "slot"_a, "shunned"_a)
+        .def("shunned", &Pool::shunned, "slot"_a)
         .def("clear", &Pool::clear)
         .def("idle", &Pool::idle)
         .def("idle_at", &Pool::idle_at, "node"_a);
@@ -120,6 +122,7 @@ void bind_lane(nb::module_& m) {
             out["hits_peer"] = lane.hits_peer.load();
             out["bytes_peer"] = lane.bytes_peer.load();
             out["hits_neighbour"] = lane.hits_neighbour.load();
+            out["misses"] = lane.misses.load();
             out["handed_over"] = lane.handed_over.load();
             return out;
         });

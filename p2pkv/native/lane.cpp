@@ -26,6 +26,7 @@ constexpr double kDeadlineMax = 600;           // seconds; as DEADLINE_MS_MAX in
 constexpr uint64_t kJobBase = uint64_t{1} << 62;  // apart from the jobs of p2pkv/transport/movers.py
 constexpr int kEventsMax = 64;
 constexpr size_t kDistrustedMax = 8192;  // twice what p2pkv/transport/distrust.py keeps
+constexpr size_t kMissesMax = 1024;      // of more Python finds out whether anybody has them: it takes a millisecond
 constexpr uint64_t kWake = ~uint64_t{0};
 
 }  // namespace
@@ -251,10 +252,13 @@ void Lane::on_get(const std::shared_ptr<Request>& request) {
 
     const store::Pinned pinned =
         store_.pin(request->space, request->keys, options_.lease_ttl_s, now_s(), connection.holder);
-    std::vector<uint32_t> here;
+    std::vector<uint32_t> here, missing;
     uint64_t bytes = 0;
     for (uint32_t i = 0; i < request->keys.size(); ++i) {
-        if (!pinned.places[i].hit) continue;
+        if (!pinned.places[i].hit) {
+            missing.push_back(i);
+            continue;
+        }
         here.push_back(i);
         request->settled[i] = 1;
         --request->left;
@@ -263,8 +267,23 @@ void Lane::on_get(const std::shared_ptr<Request>& request) {
     hits_local += here.size();
     bytes_local += bytes;
     const bool more = here.size() < request->keys.size();
-    if (!here.empty()) send_got(*request, pinned, here, kLocal, more);
-    if (more && !start_pull(request)) hand_over(*request, 0, Code::ok);
+    if (!here.empty()) send_got(*request, pinned, here, kLocal, kBusy, more);
+    if (!more || start_pull(request)) return;
+    const bool all_looked_at = pinned.considered == request->keys.size();  // else this engine holds as much as it may
+    if (!all_looked_at || !nobody_has(*request, missing)) return hand_over(*request, 0, Code::ok);
+    misses += missing.size();
+    send_got(*request, {.places = std::vector<store::Place>(request->keys.size())}, missing, 0, kMiss, false);
+}
+
+// Whether whoever has any of these blocks, by the index, is not asked now.
+bool Lane::nobody_has(const Request& request, const std::vector<uint32_t>& missing) {
+    if (missing.size() > kMissesMax) return false;
+    return std::all_of(missing.begin(), missing.end(), [&](uint32_t i) {
+        const uint64_t key = index_key(request.keys[i], request.salt);
+        uint32_t holders[kHoldersMax];
+        const size_t count = lookup_.holders_of_all(lookup_.index, &key, 1, holders, kHoldersMax);
+        return count < kHoldersMax && std::all_of(holders, holders + count, [&](uint32_t slot) { return pool_.shunned(slot); });
+    });
 }
 
 void Lane::hand_over(Request& request, uint64_t node, Code code) {
@@ -286,15 +305,15 @@ void Lane::hand_over(Request& request, uint64_t node, Code code) {
 }
 
 void Lane::send_got(Request& request, const store::Pinned& pinned, const std::vector<uint32_t>& indices,
-                    unsigned char source, bool more) {
+                    unsigned char source, unsigned char if_gone, bool more) {
     std::string body, statuses, sources;
     msgpack::Writer writer(&body);
     // Counted from when the request came: the engine counts from before it asked, so its end is never after ours.
     const double ttl_s = pinned.lease != 0 ? pinned.ttl_s + (now_s() - request.asked_at) : 0;
     const auto count = static_cast<uint32_t>(indices.size());
     for (const uint32_t i : indices) {
-        const bool hit = pinned.places[i].hit;  // it came and had to go again, or this engine may hold no more at once
-        statuses.push_back(static_cast<char>(hit ? kOk : kBusy));
+        const bool hit = pinned.places[i].hit;  // busy: it came and had to go again, or this engine may hold no more at once
+        statuses.push_back(static_cast<char>(hit ? kOk : if_gone));
         sources.push_back(static_cast<char>(hit ? source : 0));
     }
     writer.array(7);

@@ -97,7 +97,8 @@ class Lane {
 
     size_t in_flight() const;         // pulls
     size_t blocks_in_flight() const;
-    std::atomic<uint64_t> hits_local{0}, bytes_local{0}, hits_peer{0}, bytes_peer{0}, hits_neighbour{0}, handed_over{0};
+    std::atomic<uint64_t> hits_local{0}, bytes_local{0}, hits_peer{0}, bytes_peer{0}, hits_neighbour{0}, misses{0},
+        handed_over{0};
 
   private:
     struct Connection;
@@ -112,6 +113,7 @@ class Lane {
     static bool parse_get(Request& request);
     void on_get(const std::shared_ptr<Request>& request);
     bool on_release(const ConnectionRef& connection, std::string_view body);
+    bool nobody_has(const Request& request, const std::vector<uint32_t>& missing);
     bool start_pull(const std::shared_ptr<Request>& request);
     bool look_up(const Request& request, Wanted* out);
     bool read_neighbour(const std::shared_ptr<Request>& request, const Wanted& wanted);
@@ -129,7 +131,7 @@ class Lane {
     void release_due(double now);
     void hand_over(Request& request, uint64_t node, Code code);
     void send_got(Request& request, const store::Pinned& pinned, const std::vector<uint32_t>& indices,
-                  unsigned char source, bool more);
+                  unsigned char source, unsigned char if_gone, bool more);
     void send_frame(Connection& connection, std::string frame);
     void flush(const ConnectionRef& connection);
     void end(const ConnectionRef& connection, std::string why);

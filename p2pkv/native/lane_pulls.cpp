@@ -15,7 +15,6 @@
 namespace p2pkv {
 namespace {
 
-constexpr uint32_t kHoldersMax = 16;
 constexpr double kAboutAsQuick = 1.5;  // times what the quickest holder takes: among these we take turns
 // A pull that takes this much longer than expected, where others have the blocks too, is handed over.
 constexpr double kEnoughFactor = 4.0;
@@ -81,10 +80,8 @@ bool Lane::look_up(const Request& request, Wanted* out) {
     std::unordered_set<std::string_view> twins;
     for (uint32_t i = 0; i < request.keys.size(); ++i) {
         if (request.settled[i]) continue;
-        uint64_t hash;
-        std::memcpy(&hash, request.keys[i].data(), sizeof hash);
         out->missing.push_back(i);
-        index_keys.push_back(hash ^ request.salt);
+        index_keys.push_back(index_key(request.keys[i], request.salt));
         if (request.left > 1 && !twins.insert(request.keys[i]).second) return false;
     }
     out->block_bytes = store_.block_bytes(request.space);
@@ -408,7 +405,7 @@ void Lane::settle_blocks(Pull& pull, const IoEvent& event, LaneEvent* landed) {
     std::lock_guard lock(request.mutex);
     for (const uint32_t index : came) request.settled[index] = 1;
     request.left -= came.size();
-    send_got(request, pinned, came, kPeer, request.left > 0);
+    send_got(request, pinned, came, kPeer, kBusy, request.left > 0);
 }
 
 void Lane::on_end(Pull& pull, IoEvent event, LaneEvent landed) {

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -26,6 +27,15 @@ constexpr unsigned char kMiss = 1, kTimeout = 3, kUnreachable = 4, kBusy = 5, kL
 constexpr int kReleaseMs = 1;  // so long an owner may hold blocks that have come already
 
 inline double now_s() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
+
+constexpr uint32_t kHoldersMax = 16;  // that are asked of the index
+
+// What the index knows a block by.
+inline uint64_t index_key(std::string_view key, uint64_t salt) {
+    uint64_t hash;
+    std::memcpy(&hash, key.data(), sizeof hash);
+    return hash ^ salt;
+}
 
 // What a block that is being pulled is called.
 inline std::string flight_of(uint64_t space, std::string_view key) {

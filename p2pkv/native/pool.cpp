@@ -146,6 +146,20 @@ double Pool::cost(uint32_t slot, uint64_t bytes) {
     return peer.first_byte_s + static_cast<double>(bytes) * peer.byte_s;
 }
 
+void Pool::shun(uint32_t slot, bool shunned) {
+    std::lock_guard lock(mutex_);
+    if (shunned) {
+        shunned_.insert(slot);
+    } else {
+        shunned_.erase(slot);
+    }
+}
+
+bool Pool::shunned(uint32_t slot) {
+    std::lock_guard lock(mutex_);
+    return shunned_.contains(slot);
+}
+
 void Pool::learn(uint64_t node, double waited_s) {
     if (waited_s <= 0) return;
     std::lock_guard lock(mutex_);

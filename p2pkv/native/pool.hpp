@@ -1,8 +1,9 @@
-// Idle data connections to peers, and how long each peer may take to begin an answer. Thread-safe.
+// Idle data connections to peers, how long each peer may take to begin an answer, and who is not asked. Thread-safe.
 #pragma once
 #include <deque>
 #include <mutex>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace p2pkv {
@@ -47,6 +48,10 @@ class Pool {
     // The node's first byte came after this long (see p2pkv/transport/patience.py for the estimate).
     void learn(uint64_t node, double waited_s);
 
+    // Whether the node in this slot of the index is not to be asked: Python's circuit breakers say so.
+    void shun(uint32_t slot, bool shunned);
+    bool shunned(uint32_t slot);
+
   private:
     struct Idle {
         int fd;
@@ -68,6 +73,7 @@ class Pool {
     std::mutex mutex_;
     std::unordered_map<uint64_t, Peer> peers_;
     std::unordered_map<uint32_t, uint64_t> node_of_slot_;
+    std::unordered_set<uint32_t> shunned_;
 };
 
 }  // namespace p2pkv

@@ -28,6 +28,8 @@ LAYOUT = make_layout(BLOCK)
 MUTANT = str(Path(__file__).with_name("mutant_agent.py"))
 LOCAL = 'p2pkv_short_way_blocks_total{source="local"}'
 PEER = 'p2pkv_short_way_blocks_total{source="peer"}'
+MISSES = 'p2pkv_short_way_blocks_total{source="miss"}'
+ALL_MISSES = 'p2pkv_get_blocks_total{source="miss"}'
 HITS = 'p2pkv_get_blocks_total{source="local"}'
 HANDED_OVER = "p2pkv_short_way_handed_over_total"
 
@@ -315,6 +317,57 @@ def test_a_peer_that_stands_still_is_a_miss_in_time(cluster: Cluster) -> None:
     finally:
         pair[0].continue_tree()
     eventually(lambda: read(cache, keys) == [Status.OK] * 2, why="it is back")
+
+
+def test_what_nobody_has_is_a_miss_without_the_event_loop(pair: list[AgentProcess]) -> None:
+    """Behind what is here, too."""
+    cache, keys = pair[0].open(LAYOUT), put(pair[0], 3)
+    before = {name: pair[0].metric(name) for name in (MISSES, ALL_MISSES, HANDED_OVER)}
+    assert read(cache, new_keys(2)) == [Status.MISS] * 2
+    assert read(cache, keys + new_keys(4)) == [Status.OK] * 3 + [Status.MISS] * 4
+    assert pair[0].metric(MISSES) == before[MISSES] + 6 and pair[0].metric(ALL_MISSES) == before[ALL_MISSES] + 6
+    assert pair[0].metric(HANDED_OVER) == before[HANDED_OVER]
+
+
+def test_so_many_keys_that_looking_them_up_would_hold_up_others_are_the_event_loops(pair: list[AgentProcess]) -> None:
+    handed_over = pair[0].metric(HANDED_OVER)
+    with lane_connection(pair[0], layout=LAYOUT) as lane:
+        got = lane.ask(engine.Get(LAYOUT.namespace, new_keys(1025), 10_000))
+    assert isinstance(got, engine.Got) and set(got.statuses) == {Status.MISS} and len(got.statuses) == 1025
+    assert pair[0].metric(HANDED_OVER) == handed_over + 1
+
+
+def test_what_only_a_peer_has_that_is_not_asked_now_is_a_miss_without_the_event_loop(cluster: Cluster) -> None:
+    pair = cluster.start(2)
+    cluster.connected()
+    cache = warm(pair)
+    keys = put(pair[0], 6)
+    visible(cache, keys)
+    pair[0].stop_tree()
+    try:
+        assert Status.OK not in read(cache, keys[:1], 10_000)
+        eventually(lambda: pair[1].metric("p2pkv_peers_not_asked") == 1, why="its breaker opens")
+        misses, handed_over = pair[1].metric(MISSES), pair[1].metric(HANDED_OVER)
+        for key in keys[1:]:
+            assert read(cache, [key], 10_000) == [Status.MISS]
+        assert pair[1].metric(MISSES) == misses + 5
+        assert pair[1].metric(HANDED_OVER) == handed_over
+    finally:
+        pair[0].continue_tree()
+    eventually(lambda: read(cache, keys) == [Status.OK] * 6, why="it is back")
+
+
+def test_who_may_hold_no_more_is_told_so_and_not_that_nobody_has_it(cluster: Cluster) -> None:
+    [agent] = cluster.start(1, capacity="8MiB", settings={"engine.directory": False})
+    keys = put(agent, 100)
+    with lane_connection(agent, layout=LAYOUT) as lane:
+        statuses: list[int] = []
+        for key in keys:
+            got = lane.ask(engine.Get(LAYOUT.namespace, [key], 10_000))
+            assert isinstance(got, engine.Got)
+            statuses += got.statuses
+    assert set(statuses) == {Status.OK, Status.BUSY}
+    assert agent.metric(MISSES) == 0
 
 
 def test_the_second_holder_is_asked_when_the_first_one_dies(cluster: Cluster) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from p2pkv import _native
 from p2pkv.agent import sources as module
 from p2pkv.agent.sources import Sources
 from p2pkv.transport.base import PullRequest, PullResult
@@ -15,6 +16,7 @@ from p2pkv.transport.breaker import Fault
 from p2pkv.types import Status
 
 NODE = 10
+SLOT = 3
 
 
 class Peer:
@@ -25,6 +27,7 @@ class Peer:
         self.view: SimpleNamespace | None = SimpleNamespace(alive=True, age_ms=None)
         self.answers: list[Status | Exception] = [Status.TIMEOUT]
         self.asked = 0
+        self.pool = _native.Pool(1, 1.0)
 
     async def pull(self, request: PullRequest) -> PullResult:
         answer = self.answers[min(self.asked, len(self.answers) - 1)]
@@ -43,11 +46,10 @@ def peer() -> Peer:
 @pytest.fixture
 async def sources(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Sources]:
     monkeypatch.setattr(module, "LOOK_S", 0.001)
-    pool = SimpleNamespace(drop=lambda node: None, expect=lambda *_: None)
     transports = SimpleNamespace(
-        rdma=False, tcp=SimpleNamespace(pool=pool), setup_s=lambda node: 0.0, pick=lambda node: peer
+        rdma=False, tcp=SimpleNamespace(pool=peer.pool), setup_s=lambda node: 0.0, pick=lambda node: peer
     )
-    network = SimpleNamespace(peer=lambda node: peer.view, load_of=lambda node: 0)
+    network = SimpleNamespace(peer=lambda node: peer.view, load_of=lambda node: 0, node_slot={NODE: SLOT}.get)
     made = Sources(network, transports, "127.0.0.1")  # type: ignore[arg-type]
     monkeypatch.setattr(made.peers, "worth_a_probe", lambda node: True)  # without the pauses
     yield made
@@ -70,8 +72,10 @@ async def test_a_peer_is_tried_out_until_it_answers(sources: Sources, peer: Peer
     peer.answers = [Status.TIMEOUT, Status.UNREACHABLE, Status.LOST, Status.MISS]
     fails(sources)
     assert sources.not_asked == 1 and not sources.peers.usable(NODE)
+    assert peer.pool.shunned(SLOT) and not peer.pool.shunned(SLOT + 1)
     await until(lambda: not sources.not_asked)
     assert sources.peers.usable(NODE) and peer.asked == 4
+    assert not peer.pool.shunned(SLOT)
 
 
 async def test_the_probe_of_a_peer_that_is_hidden_ends(sources: Sources, peer: Peer) -> None:
@@ -88,6 +92,14 @@ async def ends(sources: Sources, peer: Peer, view: SimpleNamespace | None) -> No
     peer.view = view
     await until(lambda: not sources.not_asked)
     assert sources.peers.usable(NODE), "when it is back, it is asked as any other"
+    assert not peer.pool.shunned(SLOT), "and whoever has its place in the index by then is"
+
+
+async def test_a_peer_that_goes_while_it_is_tried_out_leaves_its_place_to_others(sources: Sources, peer: Peer) -> None:
+    fails(sources)
+    await until(lambda: peer.asked > 0)
+    sources.gone(NODE)
+    assert sources.not_asked == 0 and not peer.pool.shunned(SLOT)
 
 
 @pytest.mark.parametrize("view", [None, SimpleNamespace(alive=False, age_ms=5.0)], ids=["forgotten", "hidden"])
