@@ -82,6 +82,7 @@ def _source(agent: Agent, source: Source, blocks: int) -> PlanSource:
         busy_ms=known.busy_s * 1e3,
         setup_ms=known.setup_s * 1e3,
         spread=known.spread,
+        failing=known.failing,
         age_s=None if math.isinf(age_s) else age_s,
         answers=source.node == 0 or peers.usable(source.node),
     )

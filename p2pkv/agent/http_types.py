@@ -194,7 +194,7 @@ class PlanRun(msgspec.Struct, kw_only=True):
 
 class PlanSource(msgspec.Struct, kw_only=True):
     """What is expected of a source now. ``setup_ms``: connecting to it comes first. ``spread``: of its pace, as a
-    fraction; ``age_s``: since it last showed."""
+    fraction; ``failing``: the share of its blocks that do not come, or come wrong; ``age_s``: since it last showed."""
 
     node: Node
     tier: str
@@ -204,6 +204,7 @@ class PlanSource(msgspec.Struct, kw_only=True):
     busy_ms: float
     setup_ms: float
     spread: float
+    failing: float
     age_s: float | None
     answers: bool
 

@@ -86,7 +86,7 @@ class Sources:
     def _tell_native(self, source: Source) -> None:
         """Native code chooses among the holders of small gets by this."""
         known = self.peers.estimate(source)
-        self._transports.tcp.pool.expect(source.node, known.first_byte_s, (1.0 + known.spread) / known.bytes_per_s)
+        self._transports.tcp.pool.expect(source.node, known.first_byte_s, known.times / known.bytes_per_s)
 
     def _hidden(self, node: int) -> bool:
         """Whether nothing of it is shown: nobody asks it, and nobody else would end its probe if it never came back."""

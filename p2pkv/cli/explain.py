@@ -73,13 +73,14 @@ def _show(plan: dict[str, Any]) -> None:
             f"{source['busy_ms']:.3g}",
             f"{source['setup_ms']:.3g}",
             f"{100 * source['spread']:.0f} %",
+            f"{100 * source['failing']:.0f} %",
             "never" if source["age_s"] is None else f"{source['age_s']:.0f} s ago",
             "yes" if source["answers"] else "NO",
         )
         for source in plan["sources"]
     ]
     if sources:
-        expected = ("MB/s", "first byte ms", "busy ms", "connecting ms", "unsure")
+        expected = ("MB/s", "first byte ms", "busy ms", "connecting ms", "unsure", "failing")
         table([("source", "tier", "blocks", *expected, "last pulled from", "answers"), *sources])
 
 

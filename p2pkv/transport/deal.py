@@ -230,7 +230,7 @@ class Deal:
             estimates = [self._estimate(source) for source in idle]
             size = blocks * self._block_bytes
             elsewhere_s = min(known.start_s for known in estimates) + size / sum(
-                known.bytes_per_s for known in estimates
+                known.bytes_per_s * (1.0 - known.failing) for known in estimates
             )
             if self._rest_s(piece, now) > LATE_FACTOR * elsewhere_s + LATE_GRACE_S:
                 late.append(piece)

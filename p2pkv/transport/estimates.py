@@ -1,4 +1,5 @@
-"""What to expect of each source: its first byte, its pace, and how sure that is. Learnt from real transfers. Pure.
+"""What to expect of each source: its first byte, its pace, how sure that is, and how often it fails. Learnt from real
+transfers. Pure.
 
 Mean and variance are exponentially weighted (West, 1979, "Updating mean and variance estimates"); a transfer weighs by
 its bytes, because the pace of a small one is mostly noise. What is not renewed becomes less sure: its spread grows with
@@ -30,6 +31,10 @@ WEIGHT_S: Final = 0.1
 SURPRISE_MAX: Final = 32.0
 """One transfer counts as at most so many times slower or faster than was expected: it may have met a pause of ours."""
 SECONDS_MIN: Final = 1e-6
+WEIGHT_BLOCKS: Final = 8.0
+"""What so many blocks show moves the share of those that fail by ``1 - 1/e`` of the way."""
+FAILING_MAX: Final = 0.9
+"""A source that fails more often than this is its circuit breaker's affair."""
 
 
 class Moved(NamedTuple):
@@ -50,14 +55,15 @@ class Kept(NamedTuple):
     pace_s: float
     variance: float
     age_s: float
+    failing: float = 0.0  # when that ended
 
 
 class _Known:
     """Of one source. The pace is in seconds per byte: a mean of times is what a plan adds up."""
 
     __slots__ = (
-        "at", "came", "first_byte_s", "in_flight", "pace", "shared", "since", "since_begin", "stranger", "transfers",
-        "variance",
+        "answered_at", "at", "came", "failing", "first_byte_s", "in_flight", "pace", "shared", "since", "since_begin",
+        "stranger", "transfers", "variance",
     )  # fmt: skip
 
     def __init__(self, first_byte_s: float, pace: float, at: float) -> None:
@@ -65,6 +71,8 @@ class _Known:
         self.pace = pace
         self.variance = (STRANGER_SPREAD * pace) ** 2
         self.at = at
+        self.failing = 0.0  # of the blocks asked of it, at `answered_at`
+        self.answered_at = at
         self.since = at  # the last end of a transfer from it, or the first begin after all had ended
         self.since_begin = True  # that was a begin
         self.came = 0  # bytes that have landed since
@@ -72,6 +80,10 @@ class _Known:
         self.in_flight = 0  # bytes
         self.transfers = 0
         self.shared = False  # whether some of them have been side by side
+
+    def failing_at(self, now: float) -> float:
+        """The share of its blocks that fail, forgotten with time."""
+        return self.failing * max(0.0, 1.0 - max(0.0, now - self.answered_at) / STALE_S)
 
 
 class Estimates:
@@ -98,6 +110,7 @@ class Estimates:
             bytes_per_s=1.0 / known.pace,
             busy_s=known.in_flight * known.pace,
             spread=sure + stale * max(0.0, STRANGER_SPREAD - sure),
+            failing=min(FAILING_MAX, known.failing_at(now)),
         )
 
     def age_s(self, source: Source, now: float) -> float:
@@ -154,6 +167,13 @@ class Estimates:
         known.at = now
         self._known.move_to_end(source)
 
+    def answered(self, source: Source, asked: int, failed: int, now: float) -> None:
+        """Of so many blocks asked of it, at least one, so many did not come for a reason that is the source's."""
+        known = self._of(source, now)
+        was = known.failing_at(now)
+        known.failing = was + (1.0 - math.exp(-asked / WEIGHT_BLOCKS)) * (failed / asked - was)
+        known.answered_at = now
+
     @staticmethod
     def _since(known: _Known, moved: Moved, now: float) -> tuple[float, int]:
         """Seconds since the end before, and what has come in them."""
@@ -171,7 +191,15 @@ class Estimates:
     def kept(self, now: float) -> list[Kept]:
         """What is worth writing down."""
         return [
-            Kept(source.node, source.tier, known.first_byte_s, known.pace, known.variance, max(0.0, now - known.at))
+            Kept(
+                source.node,
+                source.tier,
+                known.first_byte_s,
+                known.pace,
+                known.variance,
+                max(0.0, now - known.at),
+                known.failing,
+            )
             for source, known in self._known.items()
             if not known.stranger
         ]
@@ -183,6 +211,8 @@ class Estimates:
             numbers = (one.first_byte_s, one.pace_s, one.variance, one.age_s)
             if not all(math.isfinite(number) and number >= 0 for number in numbers) or one.pace_s == 0:
                 continue
+            if not 0 <= one.failing <= 1:
+                continue
             try:
                 tier = Tier(one.tier)
             except ValueError:
@@ -190,6 +220,7 @@ class Estimates:
             known = self._of(Source(one.node, tier), now)
             known.first_byte_s, known.pace, known.variance = one.first_byte_s, one.pace_s, one.variance
             known.at = now - one.age_s
+            known.failing, known.answered_at = one.failing, known.at
             known.stranger = False
             count += 1
         return count

@@ -104,6 +104,8 @@ class Fetcher(Generic[P]):
         asked = moved.seconds > 0
         if asked:
             self.peers.began(source, 0)
+            if not silent:
+                self.peers.answered(source, counts.pulled + counts.failed, counts.rejected)
             self.peers.ended(source, 0, moved)
         if silent:
             self.peers.silent(source.node)

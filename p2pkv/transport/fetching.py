@@ -381,13 +381,17 @@ class OneFetch(Generic[P]):
             peers.ended(piece.source, lost_bytes, moved)
             return
         peers.ended(piece.source, lost_bytes, moved)
+        silent = not came_bytes and Status.TIMEOUT in statuses
+        if not silent:  # else its breaker opens: how often it fails is about a source that answers
+            faults = sum(status in _FAULTS and (in_time or status is not Status.TIMEOUT) for status in statuses)
+            peers.answered(piece.source, len(pull.indices), faults)
         if not missing or (pull.moved_bytes and set(statuses) == {Status.MISS}):  # it has the rest no more: no failure
             peers.good(node)
         if not missing:
             return
         if any(status in _BROKEN for status in statuses):
             self.deal.exclude(node)
-        if in_time and not came_bytes and Status.TIMEOUT in statuses:
+        if in_time and silent:
             peers.silent(node)
         elif in_time and Status.UNREACHABLE in statuses:
             peers.failed(node)
@@ -398,6 +402,9 @@ class OneFetch(Generic[P]):
         counts = PullCounts(len(pull.indices) - len(missing), 0, len(missing), rejected, statuses.count(Status.MISS))
         self._fetcher.count_failures(node, counts, result.reason if result is not None else "")
 
+
+_FAULTS: Final = frozenset({Status.TIMEOUT, Status.UNREACHABLE, Status.REJECTED})
+"""The source's own. That it does not have the block any more, or is busy, is none."""
 
 _BROKEN: Final = frozenset({Status.TIMEOUT, Status.UNREACHABLE, Status.LOST})
 """After one of these a node is not asked again by the same fetch."""

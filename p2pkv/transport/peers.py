@@ -91,6 +91,11 @@ class Peers:
         self.estimates.end(source, size, moved, self._clock())
         self._on_estimate(source)
 
+    def answered(self, source: Source, asked: int, failed: int) -> None:
+        """Of so many blocks asked of it, so many did not come for a reason that is the source's."""
+        if asked:
+            self.estimates.answered(source, asked, failed, self._clock())
+
     # --- behaviour
 
     def good(self, node: int) -> None:

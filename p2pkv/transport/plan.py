@@ -7,7 +7,8 @@ blocks; what it takes until its first byte counts once.
 
 How far: a request that pulls the first ``k`` blocks waits for them and computes the rest. The ``k`` with the least of
 both is taken, if that is clearly less than computing everything. Estimates of uncertain sources count with their
-spread, because a pull that is late costs the engine more than a prefill that was not needed.
+spread, because a pull that is late costs the engine more than a prefill that was not needed; a block of a source that
+fails one time in two is asked for twice.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Estimate(NamedTuple):
     """What is expected of a source now.
 
     ``busy_s``: until it gets to us, because of what it sends already. ``spread``: the standard deviation of its pace,
-    as a fraction of it. ``setup_s``: until it can be asked at all, where we are not connected to it.
+    as a fraction of it. ``setup_s``: until it can be asked at all, where we are not connected to it. ``failing``: the
+    share of the blocks asked of it that it does not give, or gives wrong; less than 1.
     """
 
     first_byte_s: float
@@ -59,6 +61,12 @@ class Estimate(NamedTuple):
     busy_s: float = 0.0
     spread: float = 0.0
     setup_s: float = 0.0
+    failing: float = 0.0
+
+    @property
+    def times(self) -> float:
+        """How much longer than expected it is to be reckoned with."""
+        return (1.0 + self.spread) / (1.0 - self.failing)
 
     @property
     def start_s(self) -> float:
@@ -163,8 +171,7 @@ class _Sources:
         pace = self._paces.get(source)
         if pace is None:
             known = self._estimate(source)
-            careful = 1.0 + known.spread
-            pace = known.start_s * careful, self._block_bytes / known.bytes_per_s * careful
+            pace = known.start_s * known.times, self._block_bytes / known.bytes_per_s * known.times
             self._paces[source] = pace
         return pace
 

@@ -195,3 +195,36 @@ def test_sources_are_bounded_and_those_in_use_stay(monkeypatch: pytest.MonkeyPat
     assert len(known._known) == 4 and known.of(A, 20.0).busy_s > 0
     known.forget(19)
     assert known.of(Source(19, Tier.DRAM), 20.0) == STRANGER
+
+
+def test_how_often_a_source_fails_is_learnt_per_block_and_forgotten_with_time() -> None:
+    known = Estimates(stranger)
+    for _ in range(20):
+        known.answered(A, 8, 2, 0.0)
+    assert known.of(A, 0.0).failing == pytest.approx(0.25, rel=0.01)
+    assert known.of(A, STALE_S / 2).failing == pytest.approx(0.125, rel=0.01)
+    assert known.of(A, STALE_S).failing == 0.0
+    known.answered(A, 64, 0, 0.0)
+    assert known.of(A, 0.0).failing < 0.001
+
+
+def test_one_block_of_many_that_fails_says_little_and_nothing_makes_a_source_infinitely_slow() -> None:
+    known = Estimates(stranger)
+    known.answered(A, 1, 1, 0.0)
+    assert 0.0 < known.of(A, 0.0).failing < 0.2
+    for _ in range(100):
+        known.answered(A, 1_000, 1_000, 0.0)
+    assert known.of(A, 0.0).failing == module.FAILING_MAX
+    assert math.isfinite(known.of(A, 0.0).times)
+
+
+def test_how_often_a_source_fails_is_kept_and_nonsense_about_it_is_not() -> None:
+    known = Estimates(stranger)
+    pull(known, A, 4 * MIB, 2e8, 0.0)
+    known.answered(A, 8, 8, 0.0)
+    [kept] = known.kept(STALE_S / 4)
+    again = Estimates(stranger)
+    assert again.restore([kept], 1e6) == 1
+    assert again.of(A, 1e6).failing == pytest.approx(0.75 * known.of(A, 0.0).failing)
+    for wrong in (-0.1, 1.1, math.nan, math.inf):
+        assert Estimates(stranger).restore([kept._replace(failing=wrong)], 0.0) == 0

@@ -228,6 +228,31 @@ async def test_the_next_holder_is_asked_for_what_the_first_one_did_not_give(bad:
     assert bench.tidy()
 
 
+@pytest.mark.parametrize(
+    ("how", "its_fault"),
+    [
+        (Status.REJECTED, True),
+        (Status.UNREACHABLE, True),
+        (Status.TIMEOUT, True),  # in part: the others came
+        (Status.MISS, False),
+        (Status.BUSY, False),
+        (Status.LOST, False),
+    ],
+)
+async def test_how_often_a_holder_fails_is_learnt(how: Status, its_fault: bool) -> None:
+    bench = Bench(gives(lambda key: how if key in KEYS[2:4] else Status.OK), gives())
+    assert await bench.fetch(KEYS) == [Status.OK] * 6
+    assert (bench.known.estimate(Source(1, Tier.DRAM)).failing > 0.0) == its_fault
+    assert bench.known.estimate(Source(2, Tier.DRAM)).failing == 0.0
+
+
+async def test_that_a_holder_is_silent_is_its_breakers_affair_alone() -> None:
+    bench = Bench(gives(lambda _: Status.TIMEOUT), gives())
+    assert await bench.fetch(KEYS) == [Status.OK] * 6
+    assert not bench.known.usable(1)
+    assert bench.known.estimate(Source(1, Tier.DRAM)).failing == 0.0
+
+
 async def test_a_holder_that_failed_is_not_asked_again() -> None:
     bench = Bench(gives(lambda _: Status.UNREACHABLE))
     assert Status.OK not in await bench.fetch(KEYS)

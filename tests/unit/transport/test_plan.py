@@ -125,7 +125,13 @@ SOURCES = st.lists(st.lists(st.sampled_from([A, B, C, D]), max_size=3, unique=Tr
 PACES = st.fixed_dictionaries(
     {
         source: st.builds(
-            Estimate, st.floats(0, 0.01), st.floats(1e6, 1e9), st.floats(0, 0.01), st.just(0.0), st.floats(0, 0.1)
+            Estimate,
+            st.floats(0, 0.01),
+            st.floats(1e6, 1e9),
+            st.floats(0, 0.01),
+            st.floats(0, 1.0),
+            st.floats(0, 0.1),
+            st.floats(0, 0.9),
         )
         for source in (A, B, C, D)
     }
@@ -143,7 +149,7 @@ def test_what_a_plan_says_follows_from_its_runs(
         assert run.positions == sorted(run.positions)
         assert all(run.source in sources[position] for position in run.positions)
         pace = paces[run.source]
-        ends_s = pace.start_s + len(run.positions) * MIB / pace.bytes_per_s
+        ends_s = (pace.start_s + len(run.positions) * MIB / pace.bytes_per_s) * pace.times
         assert run.ends_s == pytest.approx(ends_s + (ASK_S if i else 0.0))
     assert found.pull_s == pytest.approx(max((run.ends_s for run in found.runs), default=0.0))
     assert found.pull_s <= deadline_s
@@ -160,3 +166,14 @@ def test_no_other_length_of_the_same_dealing_is_clearly_better(
         if other.stop == k:
             with_s = other.pull_s + (len(sources) - k) * block_s
             assert found.pull_s + found.rest_s <= with_s + 0.05 * found.without_s + 1e-9
+
+
+def test_a_source_that_fails_every_other_time_gets_half_of_what_it_would() -> None:
+    found = planned([[A, B]] * 90, {A: Estimate(0.0, 1e9), B: Estimate(0.0, 1e9, failing=0.5)})
+    assert {run.source: len(run.positions) for run in found.runs} == {A: 60, B: 30}
+
+
+def test_what_only_a_failing_source_has_is_computed_sooner() -> None:
+    chain, prefill = [[A]] * 10, Prefill(0.01)
+    assert planned(chain, Estimate(0.0, MIB / 0.006), prefill=prefill).stop == 10
+    assert planned(chain, Estimate(0.0, MIB / 0.006, failing=0.5), prefill=prefill).stop == 0
