@@ -194,6 +194,12 @@ class Deal:
             self._tries[position] -= 1
             self._called_off[position] = self._called_off.get(position, 0) + 1
 
+    def lost(self, piece: Piece, position: int) -> None:
+        """It was lost on our side, and the source can be asked in another way: it may be asked again, at once."""
+        piece.left.discard(position)
+        if position in self._sources:
+            self._unasked.add(position)
+
     def busy(self, piece: Piece, position: int, now: float) -> None:
         """The source has too much to do for this block."""
         piece.left.discard(position)

@@ -344,12 +344,17 @@ class OneFetch(Generic[P]):
                 else:
                     landing.abort(place)
             fetcher.admission.give_back(admitted, background=pull.background)
-            self._settle(pull, result, sorted(open_places), time.monotonic() - started)
+            # What our own side lost may come in another way: over TCP, while a NIXL process of ours is being restarted.
+            again = fetcher.transport(piece.source.node) is not transport
+            self._settle(pull, result, sorted(open_places), time.monotonic() - started, again)
         if time.monotonic() > self._deadline + LATE_S:
             log.warning("a pull over %s from %016x overran its deadline", transport.name, piece.source.node)
 
-    def _settle(self, pull: _Pull[P], result: PullResult | None, missing: list[int], took_s: float) -> None:
-        """Take into account how a pull ended, and have others asked for what it did not bring."""
+    def _settle(
+        self, pull: _Pull[P], result: PullResult | None, missing: list[int], took_s: float, again: bool
+    ) -> None:
+        """Take into account how a pull ended, and have others asked for what it did not bring; or, ``again``, the same
+        source for what was lost here."""
         piece, peers, now = pull.piece, self._fetcher.peers, time.monotonic()
         node = piece.source.node
         in_time = now < self._deadline - EARLY_S  # that the caller's deadline was too short says nothing about the node
@@ -361,6 +366,8 @@ class OneFetch(Generic[P]):
                 self.deal.called_off(piece, position)
             elif status is Status.BUSY:
                 self.deal.busy(piece, position, now)
+            elif status is Status.LOST and again:
+                self.deal.lost(piece, position)
             else:
                 self.deal.failed(piece, position)
             if position not in self._left:
@@ -389,7 +396,7 @@ class OneFetch(Generic[P]):
             peers.good(node)
         if not missing:
             return
-        if any(status in _BROKEN for status in statuses):
+        if any(status in _BROKEN and not (again and status is Status.LOST) for status in statuses):
             self.deal.exclude(node)
         if in_time and silent:
             peers.silent(node)
