@@ -1,6 +1,6 @@
 """Stub of the C++ extension (sources in ``p2pkv/native``). Lengths are in bytes; digests are 16 bytes each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 from typing_extensions import Buffer
@@ -298,21 +298,6 @@ class Gets:
     copied_fd: int
     """Readable when :meth:`copied` has something; -1 without a directory."""
 
-    def load_here(
-        self,
-        namespace: int,
-        keys: Sequence[bytes],
-        slots: Sequence[int],
-        base: int,
-        slot_bytes: int,
-        slots_max: int,
-        block_bytes: int,
-    ) -> bool:
-        """Copy blocks into slots of the memory at ``base``, if all of them are in the arena, at most 64 and 4 MiB.
-
-        False: it was not so, or an argument is not as it should be (a list of bytes, and one of slots below
-        ``slots_max``); slots may have been written to."""
-
     def copy_here(
         self, job: int, namespace: int, keys: list[bytes], to: Sequence[int], block_bytes: int
     ) -> bytes | bool | None:
@@ -341,6 +326,30 @@ class Gets:
 
     def close(self, reason: str) -> None:
         """Break it: whoever waits is told so."""
+
+class LoadsHere:
+    """Loads of what is in the arena into slots of the memory at ``base``, over when they return.
+
+    ``gets`` and ``memory`` are held for as long as this lives. ``next``: numbers of jobs. ``finished``: what is given
+    a ``result``: a :class:`p2pkv.client.jobs.JobResult`.
+    """
+
+    def __init__(
+        self,
+        gets: Gets,
+        memory: object,
+        base: int,
+        slot_bytes: int,
+        slots: int,
+        next: Iterator[int],
+        finished: Callable[[Any], None],
+        result: type,
+    ) -> None: ...
+    def __call__(self, namespace: int, block_bytes: int, keys: Sequence[bytes], slots: Sequence[int]) -> int | None:
+        """The job's number, if all of them are in the arena, at most 64 and 4 MiB.
+
+        None: it was not so, or an argument is not as it should be (a list of bytes, and one of slots that there are);
+        slots may have been written to."""
 
 class InlineReads:
     """READs of the agent's native code, done by native code in the NIXL process (``native/inline_reads.hpp``).

@@ -107,6 +107,7 @@ class Cache:
         self._client = client
         self.layout = layout
         self.namespace = namespace
+        self._block_bytes = layout.block_bytes
         self._staging_lock = threading.Lock()
         self._staging: _Staging | None = None
 
@@ -349,7 +350,10 @@ class Cache:
         ``pace``: what computing takes this engine. What falls behind that is given up before the deadline, the rest of
         the chain with it.
         """
-        if (job := self._client.load_now(self, keys, region, slots)) is not None:
+        here = region.here or region.loads_here()
+        if here is not None and (job := here(self.namespace, self._block_bytes, keys, slots)) is not None:
+            if self._client.jobs.sleepers:
+                self._client.wake()
             return job
         _check_keys(keys, slots)
         _check_slots(slots)
@@ -369,6 +373,7 @@ class Region:
     def __init__(self, client: AgentClient, fd: int, offset: int, slot_bytes: int, slots: int) -> None:
         self._client = client
         self._fd = fd
+        self.here: _native.LoadsHere | None = None
         self._memory: _native.Mapping | None = None
         self._unmappable = False
         self.offset = offset
@@ -385,8 +390,20 @@ class Region:
                 self._unmappable = True
         return self._memory
 
+    def loads_here(self) -> _native.LoadsHere | None:
+        """:attr:`here`, made for the connection that there is: what loads at once what is in the agent's arena. None:
+        there is no connection, or no memory."""
+        connection, memory = self._client.live, self.memory()
+        if connection is None or memory is None:
+            return None
+        self.here = self._client.jobs.loads_here(
+            connection.gets, memory, memory.address + self.offset, self.slot_bytes, self.slots
+        )
+        return self.here
+
     def announce(self, connection: Connection, deadline: float) -> None:
         """Tell an agent of this region (again)."""
+        self.here = None  # of the connection before
         request = MapRegion(self.number, self.offset, self.slot_bytes, self.slots)
         answer = connection.request(request, deadline=deadline, fds=(self._fd,))
         if not isinstance(answer, Ok):
@@ -400,7 +417,7 @@ class Region:
         """
         deadline = time.monotonic() + deadline_ms / 1000
         self._unmappable = True
-        self._memory = None  # what is being copied into it keeps it
+        self.here = self._memory = None  # what is being copied into it keeps it
         if (connection := self._client.live) is not None:
             connection.own_loads.call_off()
         try:
@@ -412,7 +429,7 @@ class Region:
     def forget(self) -> None:
         """Drop our side without asking the agent; it unmaps when the connection ends."""
         self._client.drop_region(self.number)
-        self._memory = None
+        self.here = self._memory = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

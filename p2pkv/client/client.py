@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
 
 from p2pkv.client.cache import Cache, Region, checked_ms
 from p2pkv.client.connection import Connection
@@ -57,7 +56,7 @@ class AgentClient:
         self._retry_at = 0.0
         self._backoff_s = BACKOFF_S[0]
         self._connecting: threading.Thread | None = None
-        self._jobs = Jobs()
+        self.jobs = Jobs()
         self._job_deadlines: dict[int, float] = {}
         self._loads: set[int] = set()
         self._closed = False
@@ -102,7 +101,7 @@ class AgentClient:
 
     def poll(self, timeout_ms: float = 0) -> list[JobResult]:
         """Results of jobs that have ended since the last call; waits at most ``timeout_ms`` for the first one."""
-        if not self._jobs.running and (results := self._jobs.take()):
+        if not self.jobs.running and (results := self.jobs.take()):
             return results  # nothing else is under way: no need to look at the socket
         deadline = time.monotonic() + timeout_ms / 1000
         while True:
@@ -114,20 +113,20 @@ class AgentClient:
                 self._give_up_stuck(connection)
                 if connection.broken is not None:
                     self._collect_lost(connection)
-            results = self._jobs.take()
+            results = self.jobs.take()
             left = deadline - time.monotonic()
-            if results or left <= 0 or not self._jobs.running or connection is None:
+            if results or left <= 0 or not self.jobs.running or connection is None:
                 return results
-            if self._jobs.falls_asleep():
+            if self.jobs.falls_asleep():
                 try:
                     connection.wait_news(left)
                 finally:
-                    self._jobs.wakes()
+                    self.jobs.wakes()
 
     @property
     def jobs_running(self) -> int:
         """Submitted jobs whose results have not been seen by :meth:`poll` yet."""
-        return self._jobs.running
+        return self.jobs.running
 
     @property
     def connected(self) -> bool:
@@ -188,12 +187,12 @@ class AgentClient:
     def submit(self, message: Request, kind: JobKind, keys: int, deadline_ms: int) -> int:
         """Send a job's request; the result comes out of :meth:`poll`."""
         connection = self.connection_now()
-        job_id = self._jobs.begin()
+        job_id = self.jobs.begin()
 
         def on_answer(answer: Answer | P2PKVError) -> None:
             self._job_deadlines.pop(job_id, None)
             self._loads.discard(job_id)
-            self._jobs.finish(job_id, kind, keys, answer)
+            self.jobs.finish(job_id, kind, keys, answer)
 
         if kind != "load":
             self._job_deadlines[job_id] = time.monotonic() + (deadline_ms + ABANDON_MS) / 1000
@@ -204,22 +203,8 @@ class AgentClient:
         except BaseException:
             self._job_deadlines.pop(job_id, None)
             self._loads.discard(job_id)
-            self._jobs.forget(job_id)
+            self.jobs.forget(job_id)
             raise
-        return job_id
-
-    def load_now(self, cache: Cache, keys: Sequence[bytes], region: Region, slots: Sequence[int]) -> int | None:
-        """A load that is done before it returns: all blocks are in the arena, and are not much. None: that is not so,
-        or an argument is not as it should be."""
-        connection = self._connection
-        memory = region.memory() if connection is not None else None
-        if connection is None or memory is None:
-            return None
-        size, base = cache.layout.block_bytes, memory.address + region.offset
-        if not connection.gets.load_here(cache.namespace, keys, slots, base, region.slot_bytes, region.slots, size):
-            return None
-        job_id = self._jobs.done_here(len(keys), size)
-        self._wake(connection)
         return job_id
 
     def load_here(self, message: Load, region: Region, block_bytes: int) -> int | None:
@@ -233,7 +218,7 @@ class AgentClient:
             return None
         keys = list(message.keys)
         to = [memory.address + region.offset + slot * region.slot_bytes for slot in message.slots]
-        job_id = self._jobs.begin()
+        job_id = self.jobs.begin()
         reported = False
 
         def on_copied(statuses: bytes) -> None:
@@ -243,23 +228,23 @@ class AgentClient:
                 self._go_on(job_id, message)
             else:
                 done = Done(statuses, bytes([Source.LOCAL]) * len(keys), len(keys) * block_bytes, 0)
-                self._jobs.finish(job_id, "load", len(keys), done)
+                self.jobs.finish(job_id, "load", len(keys), done)
 
         try:
             begun = connection.own_loads.begin(message.namespace, keys, memory, to, block_bytes, on_copied)
         except BaseException:
             if not reported:
-                self._jobs.forget(job_id)
+                self.jobs.forget(job_id)
             raise
         if begun:
-            self._wake(connection)
+            self.wake()
             return job_id
-        self._jobs.forget(job_id)
+        self.jobs.forget(job_id)
         return None
 
-    def _wake(self, connection: Connection) -> None:
+    def wake(self) -> None:
         """Whoever polls in another thread: for a result, or to watch for one, that the socket says nothing of."""
-        if self._jobs.sleepers:
+        if self.jobs.sleepers and (connection := self._connection) is not None:
             connection.own_loads.wake()
 
     def _go_on(self, job_id: int, message: Load) -> None:
@@ -267,7 +252,7 @@ class AgentClient:
 
         def on_answer(answer: Answer | P2PKVError) -> None:
             self._loads.discard(job_id)
-            self._jobs.finish(job_id, "load", len(message.keys), answer)
+            self.jobs.finish(job_id, "load", len(message.keys), answer)
 
         self._loads.add(job_id)
         try:

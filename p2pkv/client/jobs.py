@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import deque
 
+from p2pkv import _native
 from p2pkv.client.messages import Answer, Done, EngineError, Matched
 from p2pkv.errors import P2PKVError
 from p2pkv.light import Final, Literal, NamedTuple
@@ -48,7 +49,7 @@ class Jobs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
-        self._finished: deque[JobResult] = deque(maxlen=FINISHED_MAX)
+        self.finished: deque[JobResult] = deque(maxlen=FINISHED_MAX)
         self.running = 0
         self.sleepers = 0
 
@@ -58,13 +59,12 @@ class Jobs:
             self.running += 1
             return next(self._ids)
 
-    def done_here(self, keys: int, block_bytes: int) -> int:
-        """A load that is over already, all of it out of the local arena."""
-        with self._lock:
-            job_id = next(self._ids)
-            here: list[str | None] = ["local"] * keys
-            self._finished.append(JobResult(job_id, "load", [True] * keys, bytes(keys), here, keys * block_bytes))
-        return job_id
+    def loads_here(
+        self, gets: _native.Gets, memory: object, base: int, slot_bytes: int, slots: int
+    ) -> _native.LoadsHere:
+        """What does loads that are over when they return, out of the local arena into the region at ``base``; it
+        numbers them and adds their results by itself."""
+        return _native.LoadsHere(gets, memory, base, slot_bytes, slots, self._ids, self.finished.append, JobResult)
 
     def forget(self, job_id: int) -> None:
         """A job that could not even be submitted."""
@@ -97,14 +97,17 @@ class Jobs:
             )
         with self._lock:
             self.running -= 1
-            self._finished.append(result)
+            self.finished.append(result)
 
     def falls_asleep(self) -> bool:
         """Somebody is about to sleep until a result is there, and counts in :attr:`sleepers` until :meth:`wakes`.
         False: there is one already."""
         with self._lock:
-            self.sleepers += not self._finished
-            return not self._finished
+            self.sleepers += 1  # first: who adds a result without the lock (native code) looks at this afterwards
+            if self.finished:
+                self.sleepers -= 1
+                return False
+            return True
 
     def wakes(self) -> None:
         """After :meth:`falls_asleep` said True."""
@@ -113,7 +116,10 @@ class Jobs:
 
     def take(self) -> list[JobResult]:
         """Every result that has not been taken yet, oldest first."""
-        with self._lock:
-            results = list(self._finished)
-            self._finished.clear()
-            return results
+        results: list[JobResult] = []
+        try:
+            while self.finished:
+                results.append(self.finished.popleft())
+        except IndexError:  # another thread has taken it
+            pass
+        return results

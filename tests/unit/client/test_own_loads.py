@@ -16,7 +16,7 @@ import pytest
 
 from p2pkv.client import AgentClient
 from p2pkv.client.cache import Cache, Region
-from p2pkv.client.jobs import JobResult
+from p2pkv.client.jobs import JobResult, Jobs
 from p2pkv.client.messages import Load
 from p2pkv.client.own_loads import OwnLoads
 from tests.unit.client.directories import Held, Silent
@@ -68,7 +68,8 @@ def test_after_the_end_nothing_begins(small: Engine, times: int) -> None:
     small.memory[:] = bytes(len(small.memory))
     assert not small.begin(times), "the connection broke after it was looked at"
     assert len(small.done) == 1 and small.loads.running == 0
-    assert not small.gets.load_here(small.held.namespace, small.held.keys[:1], [0], 0, 65_536, 1, 65_536)
+    here = Jobs().loads_here(small.gets, small.memory, 0, 65_536, 1)
+    assert here(small.held.namespace, 65_536, small.held.keys[:1], [0]) is None
     assert not any(small.memory)
 
 
@@ -168,7 +169,7 @@ def test_a_load_that_could_not_begin_leaves_nothing_behind(tmp_path: Path, error
     assert client.jobs_running == 0 and connection.own_loads.running == 0
     assert connection.called_off == 1, "it may have begun: nobody writes any more"
     connection.own_loads.pump()
-    assert client.jobs_running == 0 and client._jobs.take() == []
+    assert client.jobs_running == 0 and client.jobs.take() == []
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_who_polls_already_hears_of_a_load_that_another_thread_begins(
     poller = threading.Thread(target=lambda: results.extend(client.poll(20_000)))
     poller.start()
     started = time.monotonic()
-    while not client._jobs.sleepers:
+    while not client.jobs.sleepers:
         assert time.monotonic() - started < 10.0
     job = cache.load(keys, region, list(range(count)))
     poller.join(30)
