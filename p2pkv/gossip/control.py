@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -128,7 +129,7 @@ class Control:
         self._by_address: dict[str, _Conn] = {}  # for letters: either way
         self._dialed: dict[int, _Conn] = {}  # for requests, by node
         self._dials: dict[str, _Dial] = {}
-        self._failed_at: dict[str, float] = {}
+        self._failed: dict[str, tuple[float, Life | None]] = {}  # when, and who was to be there
         self._stopping = False
 
     # --- life
@@ -173,9 +174,9 @@ class Control:
                 self._counters["connections_idle"] += 1
                 conn.connection.send(CODEC.encode(Bye()))
                 self._close(conn, "idle")
-        for address, failed_at in list(self._failed_at.items()):
+        for address, (failed_at, _) in list(self._failed.items()):
             if now - failed_at > DIAL_AGAIN_S:
-                del self._failed_at[address]
+                del self._failed[address]
 
     @property
     def connections(self) -> int:
@@ -270,22 +271,22 @@ class Control:
         dial = self._dials.get(address)
         if dial is not None:
             return dial
-        failed = self._failed_at.get(address)
-        if (
-            self._stopping
-            or len(self._dials) >= DIALS_MAX
-            or (failed is not None and self._clock() - failed < DIAL_AGAIN_S)
-        ):
+        if self._stopping or len(self._dials) >= DIALS_MAX or self._has_just_failed(address):
             return None
         dial = self._dials[address] = _Dial()
         self._counters["dials"] += 1
         dial.task = asyncio.create_task(self._open(address, dial), name="p2pkv-peer-dial")
         return dial
 
+    def _has_just_failed(self, address: str) -> bool:
+        """Whether whoever is there now could not be connected to a moment ago. An earlier life says nothing of it."""
+        failed_at, life = self._failed.get(address, (-math.inf, None))
+        return self._clock() - failed_at < DIAL_AGAIN_S and life == self._local.life_at(address)
+
     async def _open(self, address: str, dial: _Dial) -> None:
         reason = "unknown"
+        life = self._local.life_at(address)
         try:
-            life = self._local.life_at(address)
             if life is None:
                 raise RemoteProtocolError("no member is there any more")
             where = parse(address)
@@ -302,7 +303,7 @@ class Control:
             reason = str(error) or type(error).__name__
             self._counters["dial_failures"] += 1
             self._counters["letters_dropped"] += len(dial.letters)
-            self._failed_at[address] = self._clock()
+            self._failed[address] = self._clock(), life
             self._sayings.say("dial", address, f"cannot connect to {address}: {reason}", logging.INFO)
         finally:
             del self._dials[address]
@@ -391,6 +392,7 @@ class Control:
         connection.link = PeerLink(card=card, dialed=dialed, send=connection.send)
         self._conns[connection] = conn
         self._by_address[address] = conn
+        self._failed.pop(address, None)
         if dialed:
             self._dialed[life.node] = conn
         try:

@@ -210,6 +210,17 @@ async def test_a_newer_epoch_replaces_a_living_one(nodes: Any, caplog: pytest.Lo
     assert c.net.card.epoch == 1, "the later one is alive"
 
 
+async def test_a_later_life_is_connected_to_although_an_earlier_one_has_just_refused(nodes: Any) -> None:
+    a, b, c = await three(nodes)
+    port = c.net.port
+    c.vanish()
+    with pytest.raises(PeerUnavailable):
+        await b.net.reach(3, 5.0)
+    await nodes(3, a, epoch=2, port=port)
+    await b.until(lambda: b.net.peer(3).epoch == 2 and b.net.peer(3).alive)
+    assert (await b.net.reach(3, 5.0)).epoch == 2
+
+
 async def test_a_node_that_is_its_own_seed_forgets_that(nodes: Any) -> None:
     one = await nodes(1)
     one.net._on_seeds("static", [one.net.card.address])
