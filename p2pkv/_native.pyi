@@ -319,10 +319,13 @@ class Gets:
     def wake_copied(self) -> None:
         """Wake whoever watches :attr:`copied_fd`, with a job of number 0 that does not exist."""
 
-    def get_here(
-        self, namespace: int, keys: Sequence[bytes], buffers: Sequence[Any], block_bytes: int
-    ) -> list[bool] | None:
-        """The whole get, if all of it is in the arena; None: it is not, or an argument is not as it should be."""
+    def get_few(
+        self, namespace: int, keys: Sequence[bytes], buffers: Sequence[Any], block_bytes: int, deadline_ms: int
+    ) -> list[bool] | tuple[int, bytes, bytes] | None:
+        """The whole get of up to 64 keys: per key whether its block has come.
+
+        None: an argument is not as it should be, or there is no agent any more; nothing was done. What :meth:`get`
+        returns: it did not end well."""
 
     def close(self, reason: str) -> None:
         """Break it: whoever waits is told so."""

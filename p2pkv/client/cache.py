@@ -174,11 +174,12 @@ class Cache:
         Raises:
             InvalidArgument: keys or buffers are of the wrong number or size.
         """
-        connection = self._client.live
-        if connection is not None and type(keys) is list and type(buffers) is list:
-            here = connection.gets.get_here(self.namespace, keys, buffers, self.layout.block_bytes)
-            if here is not None:
-                return here
+        if (connection := self._client.live) is not None:
+            few = connection.gets.get_few(self.namespace, keys, buffers, self._block_bytes, deadline_ms)
+            if type(few) is list:
+                return few
+            if few is not None:
+                return [status == Status.OK for status in self._ended(connection, *few)]
         return [status == Status.OK for status in self._get(keys, buffers, deadline_ms)]
 
     def get_statuses(
@@ -200,7 +201,11 @@ class Cache:
             return bytes([Status.TIMEOUT]) * len(keys)
         except Unavailable:
             return bytes([Status.LOST]) * len(keys)
-        end, statuses, detail = connection.gets.get(self.namespace, keys, views, block_bytes, deadline_ms, deadline)
+        ended = connection.gets.get(self.namespace, keys, views, block_bytes, deadline_ms, deadline)
+        return self._ended(connection, *ended)
+
+    def _ended(self, connection: Connection, end: int, statuses: bytes, detail: bytes) -> bytes:
+        """What to make of how a get ended; a status per key."""
         if end == End.BROKEN:  # one does not come without the other
             connection.close(f"its socket for gets has ended: {detail.decode(errors='replace')}")
         if end == End.REFUSED:

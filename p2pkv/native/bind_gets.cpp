@@ -62,8 +62,16 @@ bool signalled() {
 
 bool never() { return false; }
 
-constexpr size_t kHereMax = 64;           // keys of a get that is tried the shortest way; more are not in a hurry
-constexpr uint64_t kAwayBytes = 4 << 20;  // so much does not stay in a cache anyway
+constexpr size_t kFewKeys = 64;  // of a get or load that is tried the shortest way; more are not in a hurry
+constexpr Py_ssize_t kKeyBytesMin = 8, kKeyBytesMax = 64;  // p2pkv/types.py
+
+double monotonic_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+nb::tuple as_tuple(const Gets::Result& result) {
+    return nb::make_tuple(static_cast<int>(result.end),
+                          nb::bytes(reinterpret_cast<const char*>(result.statuses.data()), result.statuses.size()),
+                          nb::bytes(result.detail.data(), result.detail.size()));
+}
 
 nb::tuple get(HeldGets& self, uint64_t space, nb::sequence keys, nb::sequence buffers, uint64_t block_bytes, uint64_t deadline_ms,
               double deadline) {
@@ -89,46 +97,57 @@ nb::tuple get(HeldGets& self, uint64_t space, nb::sequence keys, nb::sequence bu
         result = self.gets.get(ask, here ? signalled : never);
     }
     if (result.end == Gets::End::interrupted) throw nb::python_error();
-    return nb::make_tuple(static_cast<int>(result.end),
-                          nb::bytes(reinterpret_cast<const char*>(result.statuses.data()), result.statuses.size()),
-                          nb::bytes(result.detail.data(), result.detail.size()));
+    return as_tuple(result);
 }
 
-// The whole get, if all of it is in the arena: nothing is asked, and nothing but the copies takes long. None: it is not, or
-// not all arguments are as they should be; the long way finds out.
-nb::object get_here(HeldGets& self, uint64_t space, nb::list keys, nb::list buffers, uint64_t block_bytes) {
-    const size_t count = nb::len(keys);
-    if (self.directory == nullptr || count == 0 || count > kHereMax || nb::len(buffers) != count) return nb::none();
-    if (!self.gets.lives()) return nb::none();
-    std::array<std::string_view, kHereMax> names;
-    std::array<nb::object, kHereMax> held_keys;  // another thread may change the list meanwhile
-    std::array<Py_buffer, kHereMax> views;
+// A get of few keys whose arguments are what they should be: per key whether its block has come. None: they are not, or
+// there is no agent any more, and nothing was done. What get() returns: it did not end well.
+//
+// All that such a get takes is in here: in between an engine computes, and what Python would touch is in no cache by then.
+nb::object get_few(HeldGets& self, uint64_t space, nb::handle keys, nb::handle buffers, uint64_t block_bytes, nb::handle deadline_ms) {
+    if (!PyList_CheckExact(keys.ptr()) || !PyList_CheckExact(buffers.ptr()) || !PyLong_CheckExact(deadline_ms.ptr()))
+        return nb::none();
+    const auto count = static_cast<size_t>(PyList_GET_SIZE(keys.ptr()));
+    if (count == 0 || count > kFewKeys || static_cast<size_t>(PyList_GET_SIZE(buffers.ptr())) != count) return nb::none();
+    const long long patience_ms = PyLong_AsLongLong(deadline_ms.ptr());
+    if (PyErr_Occurred() != nullptr) PyErr_Clear();  // and it is -1
+    if (patience_ms < 0 || patience_ms > UINT32_MAX || !self.gets.lives()) return nb::none();
+    std::array<nb::object, kFewKeys> held_keys;  // another thread may change the list meanwhile
+    std::array<Py_buffer, kFewKeys> views;
+    Gets::Ask ask;
+    ask.space = space;
+    ask.block_bytes = block_bytes;
+    ask.deadline_ms = static_cast<uint64_t>(patience_ms);
+    ask.deadline = monotonic_s() + static_cast<double>(patience_ms) / 1000;
     size_t held = 0;
-    bool good = true;
-    for (; good && held < count; ++held) {
+    for (bool good = true; good && held < count; held += good) {
         PyObject* key = PyList_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(held));
         PyObject* buffer = PyList_GET_ITEM(buffers.ptr(), static_cast<Py_ssize_t>(held));
-        if (!PyBytes_CheckExact(key) || PyObject_GetBuffer(buffer, &views[held], PyBUF_CONTIG) != 0) {
-            PyErr_Clear();
-            break;
+        good = PyBytes_CheckExact(key) && PyBytes_GET_SIZE(key) >= kKeyBytesMin && PyBytes_GET_SIZE(key) <= kKeyBytesMax &&
+               PyObject_GetBuffer(buffer, &views[held], PyBUF_CONTIG) == 0;
+        if (good && static_cast<uint64_t>(views[held].len) != block_bytes) {
+            PyBuffer_Release(&views[held]);
+            good = false;
         }
+        if (!good) break;
         held_keys[held] = nb::borrow(key);
-        names[held] = {PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key))};
-        good = static_cast<uint64_t>(views[held].len) == block_bytes;
+        ask.keys.emplace_back(PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key)));
+        ask.buffers.push_back(static_cast<unsigned char*>(views[held].buf));
     }
-    good = good && held == count;
-    if (good) {
+    Gets::Result result;
+    if (held == count) {
+        const bool here = PyThread_get_thread_ident() == self.main_thread;
         nb::gil_scoped_release release;
-        const DirectoryReader& reader = self.directory->reader;
-        for (size_t i = 0; good && i < count; ++i) good = reader.has(space, names[i], block_bytes);
-        const bool away = count * block_bytes > kAwayBytes;
-        for (size_t i = count; good && i-- > 0;)
-            good = reader.copy(space, names[i], static_cast<unsigned char*>(views[i].buf), block_bytes, away);
+        result = self.gets.get(ask, here ? signalled : never);
+    } else {
+        PyErr_Clear();
     }
     for (size_t i = 0; i < held; ++i) PyBuffer_Release(&views[i]);
-    if (!good) return nb::none();
+    if (held != count) return nb::none();
+    if (result.end == Gets::End::interrupted) throw nb::python_error();
+    if (result.end != Gets::End::done) return as_tuple(result);
     nb::list out;
-    for (size_t i = 0; i < count; ++i) out.append(true);
+    for (const unsigned char status : result.statuses) out.append(status == 0);
     return out;
 }
 
@@ -169,11 +188,11 @@ nb::object load(LoadsHere& self, uint64_t space, uint64_t block_bytes, nb::handl
     HeldGets& gets = *nb::inst_ptr<HeldGets>(self.gets);
     if (gets.copier == nullptr || !PyList_CheckExact(keys.ptr()) || !PyList_CheckExact(slots.ptr())) return nb::none();
     const auto count = static_cast<size_t>(PyList_GET_SIZE(keys.ptr()));
-    if (count == 0 || count > kHereMax || static_cast<size_t>(PyList_GET_SIZE(slots.ptr())) != count) return nb::none();
+    if (count == 0 || count > kFewKeys || static_cast<size_t>(PyList_GET_SIZE(slots.ptr())) != count) return nb::none();
     if (count * block_bytes > Copier::kNowBytes || block_bytes > self.slot_bytes) return nb::none();
-    std::array<std::string_view, kHereMax> names;
-    std::array<unsigned char*, kHereMax> to;
-    std::array<nb::object, kHereMax> held;  // another thread may change the lists meanwhile
+    std::array<std::string_view, kFewKeys> names;
+    std::array<unsigned char*, kFewKeys> to;
+    std::array<nb::object, kFewKeys> held;  // another thread may change the lists meanwhile
     for (size_t i = 0; i < count; ++i) {
         PyObject* key = PyList_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(i));
         const size_t slot = PyLong_AsSize_t(PyList_GET_ITEM(slots.ptr(), static_cast<Py_ssize_t>(i)));
@@ -269,7 +288,7 @@ void bind_gets(nb::module_& m) {
             "end_copies", [](HeldGets& self) { if (self.copier != nullptr) self.copier->end(); },
             nb::call_guard<nb::gil_scoped_release>())
         .def("wake_copied", [](HeldGets& self) { if (self.copier != nullptr) self.copier->wake(); })
-        .def("get_here", get_here, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a)
+        .def("get_few", get_few, "namespace"_a, "keys"_a, "buffers"_a, "block_bytes"_a, "deadline_ms"_a)
         .def("close", [](HeldGets& self, std::string reason) { self.gets.close(std::move(reason)); }, "reason"_a,
              nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("broken", [](const HeldGets& self) { return self.gets.broken(); });

@@ -121,6 +121,7 @@ class Lane {
     bool take_off(const Request& request, const std::vector<uint32_t>& indices);
     void call_off(const Request& request, const std::vector<uint32_t>& indices);
     bool has_events() const;
+    void settle_down(const Pull& pull);
     void submit(const std::shared_ptr<Pull>& pull);
     void on_pinned(const std::shared_ptr<Pull>& pull, PinAnswer answer, double asked_at, IoEvent event);
     void on_event(Pull& pull, IoEvent event);

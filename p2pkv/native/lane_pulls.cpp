@@ -234,12 +234,17 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
     pull->asked_at = now_s();
     std::string body;
     msgpack::Writer writer(&body);
-    writer.array(pull->one_sided ? 4 : 3);
+    if (pull->look) settle_down(*pull);
+    writer.array(4);
     writer.uint(request.space);
     writer.array(static_cast<uint32_t>(pull->indices.size()));
     for (const uint32_t i : pull->indices) writer.bin(request.keys[i]);
     writer.uint(static_cast<uint64_t>(options_.lease_ttl_s * 1000));
-    if (pull->one_sided) writer.boolean(false);  // the owner's process need not take part
+    if (pull->one_sided) {
+        writer.boolean(false);  // the owner's process need not take part
+    } else {
+        writer.uint(pull->look ? current_processor() : kNoProcessor);
+    }
     const auto to_duration = [](double s) {
         return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(std::max(0.0, s)));
     };
@@ -262,16 +267,7 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
                                     static_cast<uint32_t>(store::Store::length_of(*block))});
         auto receive = std::make_unique<Receive>(pull->job, pull->fd, limits, frame::make(kTypeGet, 0, body),
                                                  std::move(destinations), options_.partial_bytes, options_.ahead_bytes);
-        if (pull->look) {
-            receive->look = [this] { return !has_events(); };
-            uint64_t bytes = 0;
-            for (const store::BlockRef& block : pull->blocks) bytes += store::Store::length_of(*block);
-            if (bytes < kWorthArranging) {
-                placement_.give_up();
-            } else {
-                placement_.arrange(request.processor, 0, gettid());
-            }
-        }
+        if (pull->look) receive->look = [this] { return !has_events(); };
         transfer = std::move(receive);
         transfer->on_event = [this, pull](IoEvent event) { on_event(*pull, std::move(event)); };
     }
@@ -280,6 +276,14 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
     refused.final = true;
     refused.code = Code::cancelled;
     on_event(*pull, std::move(refused));
+}
+
+// The lane's thread is about to receive this itself: beside the engine, if that is worth it.
+void Lane::settle_down(const Pull& pull) {
+    uint64_t bytes = 0;
+    for (const store::BlockRef& block : pull.blocks) bytes += store::Store::length_of(*block);
+    if (bytes < kWorthArranging) return placement_.give_up();
+    placement_.arrange(pull.request->processor, 0, gettid());
 }
 
 bool Lane::has_events() const {

@@ -18,7 +18,7 @@ namespace p2pkv {
 // Of less the first news are the last, and there is nothing to do side by side: whoever is woken is better woken here.
 constexpr uint64_t kWorthArranging = 512 << 10;
 
-constexpr uint32_t kNoProcessor = 0xFFFF;  // NO_PROCESSOR of p2pkv/wire/engine_types.py
+constexpr uint32_t kNoProcessor = 0xFFFF;  // NO_PROCESSOR of p2pkv/wire/limits.py
 
 uint32_t current_processor();  // where the calling thread runs
 

@@ -1,5 +1,7 @@
 #include "requests.hpp"
 
+#include <algorithm>
+
 #include "frame.hpp"
 #include "msgpack.hpp"
 
@@ -72,7 +74,11 @@ void Inbox::tidy() {
 bool parse_get(std::string_view body, BlocksRequest* out) {
     msgpack::Reader reader(body);
     uint64_t fields;
-    return parse_blocks(reader, 3, &fields, out) && reader.skip(fields - 3) && reader.at_end();
+    if (!parse_blocks(reader, 3, &fields, out)) return false;
+    uint64_t processor = kNoProcessor;
+    if (fields > 3 && (!reader.uint(&processor) || processor > kNoProcessor)) return false;
+    out->processor = static_cast<uint32_t>(processor);
+    return reader.skip(fields - std::min<uint64_t>(fields, 4)) && reader.at_end();
 }
 
 bool parse_pin(std::string_view body, BlocksRequest* out, bool* serve) {

@@ -6,6 +6,8 @@
 #include <string_view>
 #include <vector>
 
+#include "placement.hpp"
+
 namespace p2pkv {
 
 constexpr unsigned char kTypePin = 8;  // p2pkv/wire/peer.py
@@ -27,6 +29,7 @@ constexpr size_t kRequestsQueuedMax = 16;  // a connection carries one at a time
 struct BlocksRequest {
     uint64_t space = 0;
     uint32_t ttl_ms = 0;
+    uint32_t processor = kNoProcessor;   // of GET: where the thread runs that waits for the answer
     std::vector<std::string_view> keys;  // into the inbox
 };
 

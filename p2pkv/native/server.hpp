@@ -103,7 +103,7 @@ class Server {
     void turn(uint64_t id, Connection& connection, std::string_view bytes);
     Next go_on(Connection& connection, std::string_view bytes);
     Next serve(Connection& connection, unsigned char type, std::string_view body);
-    void make_way(const Connection& connection, uint64_t bytes);
+    void make_way(uint64_t bytes);
     void answer_get(Connection& connection);
     void answer_pin(Connection& connection, bool serve_reads);
     bool hold(Connection& connection, store::Pinned* pinned);

@@ -14,9 +14,9 @@ from msgspec import Meta
 
 from p2pkv.types import Layout
 from p2pkv.wire.codec import Codec
-from p2pkv.wire.engine_types import NO_PROCESSOR, EngineType
+from p2pkv.wire.engine_types import EngineType
 from p2pkv.wire.fields import U16, U32, U64, Extent, FieldNames, Hashes, Name, Text
-from p2pkv.wire.limits import KEYS_MAX, NODES_MAX, REPLICAS_MAX
+from p2pkv.wire.limits import KEYS_MAX, NO_PROCESSOR, NODES_MAX, REPLICAS_MAX
 
 REGIONS_MAX: Final = 64
 Slots = Annotated[list[U32], Meta(max_length=KEYS_MAX)]

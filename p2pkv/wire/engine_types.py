@@ -40,9 +40,6 @@ ENGINE_PROTOCOL_MAX: Final = 3
 the descriptors of the arena's directory may come beside READY; from 3 on there are PREFETCH, REPLICATE and WARM."""
 WARM_PROTOCOL: Final = 3
 
-NO_PROCESSOR: Final = 0xFFFF
-"""In GET: not told."""
-
 
 class Pace(NamedTuple):
     """What computing blocks takes an engine: the first of a chain ``block_us``, each further one ``more_ns`` more than

@@ -16,3 +16,6 @@ NODES_MAX: Final = 65_536
 """Rows of a MATCHED; more than a cell has nodes."""
 REPLICAS_MAX: Final = 64
 """Nodes of one REPLICATE."""
+
+NO_PROCESSOR: Final = 0xFFFF
+"""In GET: where the thread runs that waits for the answer is not told."""

@@ -19,7 +19,7 @@ from msgspec import Meta
 from p2pkv.types import BLOCK_HASH_BYTES_MAX, Layout
 from p2pkv.wire.codec import Codec, Unpacker
 from p2pkv.wire.fields import U16, U32, U64, BlockHash, Extent, FieldNames, Hashes, Name, Text
-from p2pkv.wire.limits import KEYS_MAX
+from p2pkv.wire.limits import KEYS_MAX, NO_PROCESSOR
 
 LAYOUTS_MAX: Final = 1_024
 
@@ -153,11 +153,15 @@ class Released(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Get(msgspec.Struct, frozen=True, array_like=True):
-    """Pin these blocks and send them; the answer is GOT and then the payloads."""
+    """Pin these blocks and send them; the answer is GOT and then the payloads.
+
+    ``processor``: where the thread runs that waits for them, so that an owner on the same host can send from another.
+    """
 
     namespace: U64
     hashes: Hashes
     ttl_ms: U32
+    processor: U16 = NO_PROCESSOR
 
 
 class NixlConnect(msgspec.Struct, frozen=True, array_like=True):

@@ -13,8 +13,8 @@ from p2pkv.client import AgentClient
 from p2pkv.client.cache import Cache
 from p2pkv.types import Layout, Status
 from p2pkv.wire import engine
-from p2pkv.wire.engine_types import NO_PROCESSOR
 from p2pkv.wire.frame import encode
+from p2pkv.wire.limits import NO_PROCESSOR
 from tests.cluster.agents import AgentProcess, Cluster, eventually, make_layout, visible
 from tests.cluster.blocks import block_of, blocks_of, new_keys
 from tests.cluster.proxy import Proxy

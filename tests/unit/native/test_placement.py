@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from p2pkv import _native
-from p2pkv.wire.engine_types import NO_PROCESSOR
+from p2pkv.wire.limits import NO_PROCESSOR
 
 HERE = sorted(os.sched_getaffinity(0))
 two = pytest.mark.skipif(len(HERE) < 2, reason="this host lends one processor: nothing can be put anywhere")

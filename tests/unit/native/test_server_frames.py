@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from p2pkv.errors import RemoteProtocolError
 from p2pkv.wire.frame import HEADER, FrameDecoder
+from p2pkv.wire.limits import NO_PROCESSOR
 from p2pkv.wire.peer import CODEC, Get, PeerType, Release
 from tests.unit.native.serving import NODE, Owner, Reader, layout_of, until
 
@@ -236,16 +237,30 @@ SURPLUS = [
 @pytest.mark.parametrize("surplus", SURPLUS, ids=lambda value: f"{type(value).__name__}-{len(pack(value))}")
 def test_fields_of_a_later_version_are_ignored(scene: Scene, surplus: object) -> None:
     with scene.fresh() as reader:
-        reader.sock.sendall(frame(GET, pack([SPACE, [KEY], 1_000, surplus, [surplus]])))
+        reader.sock.sendall(frame(GET, pack([SPACE, [KEY], 1_000, NO_PROCESSOR, surplus, [surplus]])))
         assert reader.answer().payloads == [None]
 
 
 @pytest.mark.parametrize("surplus", SURPLUS, ids=lambda value: f"{type(value).__name__}-{len(pack(value))}")
 def test_a_field_of_a_later_version_that_is_cut_short_is_malformed(scene: Scene, surplus: object) -> None:
-    whole = pack([SPACE, [KEY], 1_000, surplus])
+    whole = pack([SPACE, [KEY], 1_000, NO_PROCESSOR, surplus])
     with scene.fresh() as reader:
         reader.sock.sendall(frame(GET, whole[:-1]))
         assert reader.last_words()
+
+
+@pytest.mark.parametrize("rest", [[], [NO_PROCESSOR], [0], [63]])
+def test_a_reader_may_say_where_it_waits(scene: Scene, rest: list[int]) -> None:
+    with scene.fresh() as reader:
+        reader.sock.sendall(frame(GET, pack([SPACE, [KEY], 1_000, *rest])))
+        assert reader.answer().payloads == [None]
+
+
+@pytest.mark.parametrize("processor", [NO_PROCESSOR + 1, -1, (1 << 64) - 1, "0", None, False])
+def test_a_processor_that_cannot_be_is_malformed(scene: Scene, processor: object) -> None:
+    with scene.fresh() as reader:
+        reader.sock.sendall(frame(GET, pack([SPACE, [KEY], 1_000, processor])))
+        assert "malformed GET" in reader.last_words()
 
 
 def test_arrays_within_arrays_are_not_followed_for_ever(scene: Scene) -> None:
