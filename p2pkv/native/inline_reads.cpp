@@ -32,10 +32,11 @@ constexpr uint64_t kPieceBytesMin = 256 << 10, kPieceBytesMax = 8 << 20;
 // Whoever hears of progress works on a piece about half as long as it takes to read it. So towards the end each piece is
 // half of what is left, and little remains to be done after the last.
 constexpr uint64_t kTailBytes = 512 << 10;
-// A large block is read in such parts, so that its reader can begin with it early.
+// A large block is read in such parts, so that its reader can begin with it early. So can the reader of several where the
+// first piece is no larger, and none more than all before it: while that is read there is as much to work on.
 constexpr uint64_t kPartBytes = 1 << 20;
 constexpr uint64_t kPage = 4096;
-constexpr size_t kPiecesAhead = 8;
+constexpr size_t kPiecesAhead = 12;
 
 // nixl_status_t
 constexpr long kSuccess = 0, kInProgress = 1;
@@ -148,7 +149,8 @@ uint64_t InlineReads::room(const Read& read, const Place& at) {
     const uint64_t left = read.total - at.done;
     if (left <= kTailBytes) return read.piece_bytes;
     const uint64_t of_run = read.runs[at.run].length - at.offset;
-    return std::min({read.piece_bytes, left / 2 / kPage * kPage, of_run > kPartBytes ? kPartBytes : left});
+    const uint64_t grown = std::max(kPartBytes, at.done);
+    return std::min({read.piece_bytes, grown, left / 2 / kPage * kPage, of_run > kPartBytes ? kPartBytes : left});
 }
 
 // The piece from `at` on: whole runs, or a part of one that is too long. Returns where it ends.

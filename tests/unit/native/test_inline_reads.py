@@ -98,6 +98,18 @@ def test_a_large_run_is_told_in_parts_and_its_end_is_near_the_last_of_them() -> 
     assert done == 3 * MIB + 13
 
 
+def test_the_first_pieces_grow_as_the_last_ones_shrink() -> None:
+    """Whoever works on a piece has the one before it to work on while it is read, and little left after the last."""
+    assert ARENA >= 16 * 250 * KIB
+    runs = [Run(0, i * 250 * KIB, 250 * KIB) for i in range(16)]
+    with Bench() as bench:
+        bench.ask(body_of(runs, piece_bytes=4 * MIB))
+        *progress, done = [message.done_bytes for _, message in bench.until_done()]
+        parts = [end - begin for begin, end in zip([0, *progress], [*progress, done], strict=True)]
+    assert done == 16 * 250 * KIB and parts[0] <= MIB and parts[-1] <= 512 * KIB
+    assert all(part <= max(MIB, before) for before, part in zip([0, *progress], parts, strict=True))
+
+
 def test_the_most_runs_a_read_may_have_are_read_in_pieces_of_at_most_128() -> None:
     runs = [Run(ARENA - (i + 1) * 200, i * 150, 133) for i in range(wire.RUNS_MAX)]
     data = frame(NixlType.READ, body_of(runs))
