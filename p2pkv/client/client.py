@@ -101,7 +101,8 @@ class AgentClient:
 
     def poll(self, timeout_ms: float = 0) -> list[JobResult]:
         """Results of jobs that have ended since the last call; waits at most ``timeout_ms`` for the first one."""
-        if not self.jobs.running and (results := self.jobs.take()):
+        jobs = self.jobs
+        if not jobs.running and (results := jobs.take()):
             return results  # nothing else is under way: no need to look at the socket
         deadline = time.monotonic() + timeout_ms / 1000
         while True:

@@ -104,7 +104,8 @@ nb::tuple get(HeldGets& self, uint64_t space, nb::sequence keys, nb::sequence bu
 // there is no agent any more, and nothing was done. What get() returns: it did not end well.
 //
 // All that such a get takes is in here: in between an engine computes, and what Python would touch is in no cache by then.
-nb::object get_few(HeldGets& self, uint64_t space, nb::handle keys, nb::handle buffers, uint64_t block_bytes, nb::handle deadline_ms) {
+nb::object get_few(HeldGets& self, uint64_t space, nb::handle keys, nb::handle buffers, uint64_t block_bytes,
+                   nb::handle deadline_ms) {
     if (!PyList_CheckExact(keys.ptr()) || !PyList_CheckExact(buffers.ptr()) || !PyLong_CheckExact(deadline_ms.ptr()))
         return nb::none();
     const auto count = static_cast<size_t>(PyList_GET_SIZE(keys.ptr()));
@@ -119,21 +120,24 @@ nb::object get_few(HeldGets& self, uint64_t space, nb::handle keys, nb::handle b
     ask.block_bytes = block_bytes;
     ask.deadline_ms = static_cast<uint64_t>(patience_ms);
     ask.deadline = monotonic_s() + static_cast<double>(patience_ms) / 1000;
-    size_t held = 0;
-    for (bool good = true; good && held < count; held += good) {
-        PyObject* key = PyList_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(held));
-        PyObject* buffer = PyList_GET_ITEM(buffers.ptr(), static_cast<Py_ssize_t>(held));
-        good = PyBytes_CheckExact(key) && PyBytes_GET_SIZE(key) >= kKeyBytesMin && PyBytes_GET_SIZE(key) <= kKeyBytesMax &&
-               PyObject_GetBuffer(buffer, &views[held], PyBUF_CONTIG) == 0;
-        if (good && static_cast<uint64_t>(views[held].len) != block_bytes) {
-            PyBuffer_Release(&views[held]);
-            good = false;
+    const auto take = [&](size_t i) {  // who gives a buffer may change the lists
+        if (static_cast<size_t>(PyList_GET_SIZE(keys.ptr())) <= i || static_cast<size_t>(PyList_GET_SIZE(buffers.ptr())) <= i) return false;
+        PyObject* key = PyList_GET_ITEM(keys.ptr(), static_cast<Py_ssize_t>(i));
+        PyObject* buffer = PyList_GET_ITEM(buffers.ptr(), static_cast<Py_ssize_t>(i));
+        if (!PyBytes_CheckExact(key)) return false;
+        if (PyBytes_GET_SIZE(key) < kKeyBytesMin || PyBytes_GET_SIZE(key) > kKeyBytesMax) return false;
+        if (PyObject_GetBuffer(buffer, &views[i], PyBUF_CONTIG) != 0) return false;
+        if (static_cast<uint64_t>(views[i].len) != block_bytes) {
+            PyBuffer_Release(&views[i]);
+            return false;
         }
-        if (!good) break;
-        held_keys[held] = nb::borrow(key);
+        held_keys[i] = nb::borrow(key);
         ask.keys.emplace_back(PyBytes_AS_STRING(key), static_cast<size_t>(PyBytes_GET_SIZE(key)));
-        ask.buffers.push_back(static_cast<unsigned char*>(views[held].buf));
-    }
+        ask.buffers.push_back(static_cast<unsigned char*>(views[i].buf));
+        return true;
+    };
+    size_t held = 0;
+    while (held < count && take(held)) ++held;
     Gets::Result result;
     if (held == count) {
         const bool here = PyThread_get_thread_ident() == self.main_thread;
@@ -163,23 +167,41 @@ struct LoadsHere {
     uintptr_t base;
     uint64_t slot_bytes, slots;
     nb::object next, finished, result;  // numbers of jobs; what a result is given to; its type, a NamedTuple
-    nb::object kind, source;            // "load", "local"
+    nb::object kind, source, no_error;  // "load", "local", ""
 };
 
 LoadsHere loads_here(nb::object gets, nb::object memory, uintptr_t base, uint64_t slot_bytes, uint64_t slots, nb::object next,
                      nb::object finished, nb::type_object result) {
     nb::cast<HeldGets&>(gets);
-    return {gets, memory, base, slot_bytes, slots, next, finished, result, nb::str("load"), nb::str("local")};
+    return {gets, memory, base, slot_bytes, slots, next, finished, result, nb::str("load"), nb::str("local"), nb::str("")};
+}
+
+// A list of the same, so many times.
+nb::object list_of(size_t count, PyObject* each) {
+    nb::object list = nb::steal(PyList_New(static_cast<Py_ssize_t>(count)));
+    if (!list.is_valid()) throw nb::python_error();
+    for (size_t i = 0; i < count; ++i) PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), nb::borrow(each).release().ptr());
+    return list;
 }
 
 // JobResult (p2pkv/client/jobs.py) of so many blocks that are all here.
 nb::object result_of(const LoadsHere& self, nb::handle job, size_t count, uint64_t bytes) {
-    nb::list ok, sources;
-    for (size_t i = 0; i < count; ++i) ok.append(true), sources.append(self.source);
-    const std::string statuses(count, '\0');
-    const nb::tuple fields = nb::make_tuple(job, self.kind, ok, nb::bytes(statuses.data(), count), sources, bytes, 0, false, "");
-    const nb::tuple arguments = nb::make_tuple(fields);
-    return nb::steal(PyTuple_Type.tp_new(reinterpret_cast<PyTypeObject*>(self.result.ptr()), arguments.ptr(), nullptr));
+    static constexpr std::array<char, kFewKeys> kStatuses{};
+    nb::object fields[] = {nb::borrow(job),
+                           self.kind,
+                           list_of(count, Py_True),
+                           nb::bytes(kStatuses.data(), count),
+                           list_of(count, self.source.ptr()),
+                           nb::int_(bytes),
+                           nb::int_(0),
+                           nb::bool_(false),
+                           self.no_error};
+    auto* type = reinterpret_cast<PyTypeObject*>(self.result.ptr());
+    nb::object result = nb::steal(type->tp_alloc(type, std::size(fields)));  // as a tuple's own __new__ does it
+    if (!result.is_valid()) throw nb::python_error();
+    for (size_t i = 0; i < std::size(fields); ++i)
+        PyTuple_SET_ITEM(result.ptr(), static_cast<Py_ssize_t>(i), fields[i].release().ptr());
+    return result;
 }
 
 // The job's number, if all blocks are in the arena and it was soon done. None: it was not so, or an argument is not as it

@@ -59,15 +59,16 @@ bool Copier::copy_now(uint64_t space, const std::string_view* keys, unsigned cha
         round = one_more();
     }
     bool good = true;
-    for (size_t i = 0; good && i < count; ++i) good = reader_.has(space, keys[i], block_bytes);
-    for (size_t i = count; good && i-- > 0;) good = reader_.copy(space, keys[i], to[i], block_bytes, false);
+    for (size_t i = 0; count > 1 && good && i < count; ++i) good = reader_.has(space, keys[i], block_bytes);
+    const bool away = count * block_bytes >= kAwayBytes;
+    for (size_t i = count; good && i-- > 0;) good = reader_.copy(space, keys[i], to[i], block_bytes, away);
     std::lock_guard lock(mutex_);
     one_less(round);
     return good;
 }
 
 bool Copier::copy(const Job& job, size_t index) const {
-    const bool away = job.items.size() * job.block_bytes > kNowBytes;  // so much does not stay in a cache anyway
+    const bool away = job.items.size() * job.block_bytes >= kAwayBytes;
     return reader_.copy(job.space, job.items[index].key, job.items[index].to, job.block_bytes, away);
 }
 

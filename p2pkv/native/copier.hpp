@@ -18,6 +18,8 @@ namespace p2pkv {
 class Copier {
   public:
     static constexpr uint64_t kNowBytes = 4 << 20;  // half a millisecond at most, where to wake a thread takes 50 us
+    // So much is more than a core's own cache holds: it is written past the caches. Who loads computes or sends it on later.
+    static constexpr uint64_t kAwayBytes = 2 << 20;
 
     struct Item {
         std::string key;

@@ -325,7 +325,7 @@ void Lane::on_event(Pull& pull, IoEvent event) {
         ::close(pull.fd);
     }
     settle_blocks(pull, event, &landed);
-    if (pull.one_sided) sched_yield();  // we may share a processor with the engine: it goes first
+    if (pull.one_sided || pull.look) sched_yield();  // we may share a processor with the engine: it goes first
     if (event.final) return on_end(pull, std::move(event), std::move(landed));
     if (landed.keys.empty() && landed.rejected_keys.empty()) return;
     landed.space = pull.request->space;
