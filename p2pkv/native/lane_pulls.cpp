@@ -234,7 +234,7 @@ void Lane::submit(const std::shared_ptr<Pull>& pull) {
     pull->asked_at = now_s();
     std::string body;
     msgpack::Writer writer(&body);
-    if (pull->look) settle_down(*pull);
+    if (pull->look && !pull->one_sided) settle_down(*pull);
     writer.array(4);
     writer.uint(request.space);
     writer.array(static_cast<uint32_t>(pull->indices.size()));
